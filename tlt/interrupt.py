@@ -1,0 +1,31 @@
+"""SIGINT and SIGTERM ask the run to save and stop; ranks agree on it where they meet anyway."""
+
+import logging
+import signal
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; raised on every rank at the same point of the loop."""
+
+
+class Interrupt:
+    """Remembers that a signal arrived. A second one of the same kind acts as if this class were not there."""
+
+    def __init__(self):
+        self.requested = False
+
+    def install(self) -> None:
+        """Catch SIGINT and SIGTERM of this process from here on."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+        logger.warning("%s: stopping; the last complete iteration will be saved", signal.Signals(number).name)
+
+    def is_requested(self) -> bool:
+        return self.requested

@@ -1,0 +1,40 @@
+"""The policy's tensors in Megatron's torch_dist format, which loads at any parallel layout."""
+
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import MegatronModule
+
+OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""Layout of a distributed optimizer's state that does not depend on the number of data-parallel ranks."""
+
+
+def save_policy(
+    folder: Path, model: MegatronModule, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+) -> None:
+    """Write model, optimizer and schedule to an empty folder. Collective over all ranks; all must call."""
+    model_state = model.sharded_state_dict()
+    state = {
+        "model": model_state,
+        "optimizer": optimizer.sharded_state_dict(model_state, metadata=OPTIMIZER_SHARDING),
+        "scheduler": scheduler.state_dict(),
+    }
+    dist_checkpointing.save(state, str(folder), content_metadata=OPTIMIZER_SHARDING)
+
+
+def load_policy(
+    folder: Path, model: MegatronModule, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+) -> None:
+    """Read what `save_policy` wrote, at this layout. Collective over all ranks; all must call."""
+    model_state = model.sharded_state_dict()
+    state = {
+        "model": model_state,
+        "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=OPTIMIZER_SHARDING),
+        "scheduler": scheduler.state_dict(),
+    }
+    state = dist_checkpointing.load(state, str(folder))
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])

@@ -1,0 +1,90 @@
+"""What the loop and the adapters know of each other; adapters never import one another."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from tlt.types import EngineStats, Prompt, Rollout, RolloutGroup, SamplingConfig, TrainBatch
+
+OnFinished = Callable[[Prompt, int, Rollout], None]
+"""Called with (prompt, sample index, rollout) the moment a response ends, while others still decode."""
+
+
+class RolloutInterrupted(Exception):
+    """`RolloutEngine.generate` was told to stop before all responses ended; raised on all ranks of the replica."""
+
+
+class RolloutEngine(Protocol):
+    """Generates the groups of this rank's replica; every rank of a replica calls with the same arguments."""
+
+    policy_version: int
+    is_replica_leader: bool
+    """First rank of its replica: the one that reports the replica's groups."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, group_size: int, seed: int, on_finished: OnFinished
+    ) -> list[RolloutGroup]:
+        """Groups of the prompts placed on this replica, in the order of `prompts`.
+
+        Raises RolloutInterrupted on all ranks of the replica when told to stop. Collective over the replica's ranks.
+        """
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None:
+        """Replace the target model's weights from full tensors under Hugging Face names, consumed as a stream."""
+
+    def sleep(self) -> None:
+        """Give the device to the policy: weights and KV cache leave it."""
+
+    def wake(self) -> None:
+        """Take the device back before `load_weights` and `generate`."""
+
+    def stats(self) -> EngineStats:
+        """What the last `generate` did."""
+
+
+class PolicyTrainer(Protocol):
+    """Owns the trained model and its optimizer."""
+
+    def train_step(self, batch: TrainBatch) -> dict[str, float]:
+        """One iteration's optimizer steps; returns metrics equal on all ranks."""
+
+    def named_hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full weights under Hugging Face names, streamed. Collective over all ranks; all must consume it."""
+
+    def offload(self) -> None:
+        """Give the device to the rollout: optimizer state and gradients leave it."""
+
+    def onload(self) -> None:
+        """Take the device back before `train_step`."""
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimizer and schedule. Collective over all ranks."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, at any parallel layout. Collective over all ranks."""
+
+
+class RewardFn(Protocol):
+    """Scores responses as they finish."""
+
+    def submit(self, prompt: Prompt, sample_index: int, rollout: Rollout) -> None:
+        """Start scoring; returns at once."""
+
+    def collect(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        """The groups with their rewards; waits for what was submitted."""
+
+    def abandon(self) -> None:
+        """Forget what was submitted since the last `collect`."""
+
+    def stats(self) -> dict[str, float]:
+        """Metrics of the last `collect`."""
+
+    def close(self) -> None:
+        """End the scoring processes."""
+
+
+class WeightSync(Protocol):
+    def push(self, *, policy_version: int) -> dict[str, float]:
+        """Make the engine's target model the policy; returns metrics. Collective over all ranks."""

@@ -1,0 +1,91 @@
+"""One iteration's rollouts: every replica generates its groups, scores them as they end, and all ranks receive all."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tlt.interrupt import Interrupt, Interrupted
+from tlt.parallel import Parallel
+from tlt.protocols import RewardFn, RolloutEngine, RolloutInterrupted
+from tlt.trace import Trace
+from tlt.types import EngineStats, Prompt, RolloutGroup, SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaReport:
+    """What one rank contributes: groups come from the first rank of each replica, times from all."""
+
+    groups: list[RolloutGroup]
+    stats: EngineStats
+    begin_s: float
+    end_s: float
+    """Wall-clock seconds between which the rank decoded."""
+    interrupted: bool
+
+
+class RolloutCollector:
+    """Brings engine, rewards and ranks together; the same for training (sampled groups) and evaluation (greedy)."""
+
+    def __init__(
+        self, engine: RolloutEngine, rewards: RewardFn, parallel: Parallel, *, interrupt: Interrupt, trace: Trace
+    ):
+        self.engine = engine
+        self.rewards = rewards
+        self.parallel = parallel
+        self.interrupt = interrupt
+        self.trace = trace
+
+    def collect(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, group_size: int, seed: int
+    ) -> tuple[list[RolloutGroup], dict[str, float]]:
+        """Scored groups in the order of `prompts`, and metrics, both equal on all ranks.
+
+        Raises Interrupted on all ranks if any of them was asked to stop. Collective over all ranks; all must call.
+        """
+        begin_s = time.time()
+        try:
+            with self.trace.span("rollout", num_prompts=len(prompts), group_size=group_size):
+                groups = self.engine.generate(
+                    prompts, sampling, group_size=group_size, seed=seed, on_finished=self.rewards.submit
+                )
+            end_s = time.time()
+            with self.trace.span("reward"):
+                groups = self.rewards.collect(groups) if self.engine.is_replica_leader else []
+        except RolloutInterrupted:
+            self.rewards.abandon()
+            groups, end_s = [], time.time()
+
+        report = ReplicaReport(
+            groups=groups, stats=self.engine.stats(), begin_s=begin_s, end_s=end_s, interrupted=self.interrupt.requested
+        )
+        with self.trace.span("rollout_exchange"):
+            reports = self.parallel.all_gather_objects(report)
+        if any(report.interrupted for report in reports):
+            raise Interrupted
+        return in_order(prompts, reports), rollout_metrics(reports, waited_s=time.time() - end_s)
+
+
+def in_order(prompts: Sequence[Prompt], reports: Sequence[ReplicaReport]) -> list[RolloutGroup]:
+    """Groups of all reports in the order of `prompts`. Raises RuntimeError unless each prompt has exactly one."""
+    groups = {group.prompt.prompt_id: group for report in reports for group in report.groups}
+    num_groups = sum(len(report.groups) for report in reports)
+    missing = [prompt.prompt_id for prompt in prompts if prompt.prompt_id not in groups]
+    if missing or num_groups != len(prompts):
+        raise RuntimeError(f"{len(prompts)} prompts gave {num_groups} groups; without one: {missing}")
+    return [groups[prompt.prompt_id] for prompt in prompts]
+
+
+def rollout_metrics(reports: Sequence[ReplicaReport], *, waited_s: float) -> dict[str, float]:
+    """Times over all ranks: a rank's tail is the time between its own last response and the world's last."""
+    begin_s = min(report.begin_s for report in reports)
+    end_s = max(report.end_s for report in reports)
+    idle_s = [end_s - report.end_s for report in reports]
+    num_tokens = sum(report.stats.num_response_tokens for report in reports if report.groups)
+    duration_s = end_s - begin_s
+    return {
+        "rollout/duration_s": duration_s,
+        "rollout/tail_s": max(idle_s),
+        "rollout/idle_frac": sum(idle_s) / (len(reports) * duration_s) if duration_s > 0 else 0.0,
+        "rollout/tokens_per_s": num_tokens / duration_s if duration_s > 0 else 0.0,
+        "rollout/preemptions": float(sum(report.stats.num_preemptions for report in reports if report.groups)),
+    }

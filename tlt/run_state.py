@@ -1,0 +1,130 @@
+"""Checkpoints of a run: the policy's tensors plus everything else a resume needs, complete or not there at all.
+
+Layout (Megatron's names): `<save>/iter_0000012/` with the policy in torch_dist format and `run_state.json`;
+`<save>/latest_checkpointed_iteration.txt` names the newest complete one. A checkpoint is written to
+`iter_0000012.tmp`, then renamed, so a folder without `.tmp` is complete.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tlt.parallel import Parallel
+from tlt.protocols import PolicyTrainer
+from tlt.trace import Trace
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+TRACKER = "latest_checkpointed_iteration.txt"
+STATE = "run_state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """The run after a complete iteration; JSON types only. Sampling needs no generator state: every response's seed is
+    a function of the run's seed, the iteration and the prompt."""
+
+    iteration: int = 0
+    prompt_stream: dict = field(default_factory=dict)
+    """Cursor of the training prompts."""
+    fingerprint: dict = field(default_factory=dict)
+    """Settings that a resumed run must share, or its curve is another run's."""
+
+
+def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(iteration, path) of every complete checkpoint of a run folder, oldest first."""
+    found = [(re.fullmatch(r"iter_(\d{7})", path.name), path) for path in folder.glob("iter_*")]
+    return sorted((int(match[1]), path) for match, path in found if match and (path / STATE).is_file())
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Newest complete checkpoint, whatever the tracker says: a crash may fall between rename and tracker."""
+    checkpoints = complete_checkpoints(folder)
+    return checkpoints[-1][1] if checkpoints else None
+
+
+def read_state(checkpoint: Path, fingerprint: dict) -> RunState:
+    """Read a checkpoint's run state. Raises ValueError if it was written under other settings."""
+    record = json.loads((checkpoint / STATE).read_text())
+    if record.pop("format") != FORMAT:
+        raise ValueError(f"{checkpoint / STATE} has another format than {FORMAT}: it is of another version of this code")
+    state = RunState(**record)
+    different = {key for key in fingerprint if state.fingerprint.get(key) != fingerprint[key]}
+    if different:
+        raise ValueError(
+            f"--load {checkpoint.parent}: the run was started with other settings: "
+            + "; ".join(f"{key} was {state.fingerprint.get(key)!r}, is {fingerprint[key]!r}" for key in sorted(different))
+        )
+    return state
+
+
+class Checkpoints:
+    """Saves on schedule and on request, keeps the newest few."""
+
+    def __init__(
+        self, folder: Path, *, trainer: PolicyTrainer, parallel: Parallel, trace: Trace, interval: int, retain: int,
+        train_iters: int,
+    ):  # fmt: skip
+        self.folder = folder
+        self.trainer = trainer
+        self.parallel = parallel
+        self.trace = trace
+        self.interval = interval
+        self.retain = retain
+        self.train_iters = train_iters
+        self.saved_iteration: int | None = None
+
+    def save_if_due(self, state: RunState) -> None:
+        """Every `interval` iterations and after the last. Collective over all ranks; all must call."""
+        on_interval = self.interval > 0 and state.iteration % self.interval == 0
+        if on_interval or state.iteration == self.train_iters:
+            self.save(state)
+
+    def save(self, state: RunState) -> None:
+        """Write one checkpoint, unless this iteration is saved already. Collective over all ranks; all must call."""
+        if state.iteration == self.saved_iteration:
+            return
+        final = self.folder / f"iter_{state.iteration:07d}"
+        partial = final.with_suffix(".tmp")
+        with self.trace.span("save", iteration=state.iteration):
+            if self.parallel.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            self.parallel.barrier()
+            self.trainer.save(partial)
+            self.parallel.barrier()
+            if self.parallel.rank == 0:
+                self._complete(state, partial, final)
+            self.parallel.barrier()
+        self.saved_iteration = state.iteration
+
+    def _complete(self, state: RunState, partial: Path, final: Path) -> None:
+        """Make a fully written checkpoint the latest one; each step leaves a folder that can be resumed from."""
+        record = {"format": FORMAT, **dataclasses.asdict(state)}
+        (partial / STATE).write_text(json.dumps(record, indent=1))
+        for path in partial.iterdir():
+            _flush_to_disk(path)
+        shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from an earlier checkpoint
+        partial.rename(final)
+        _flush_to_disk(self.folder)
+        tracker = self.folder / (TRACKER + ".tmp")
+        tracker.write_text(f"{state.iteration}\n")
+        tracker.rename(self.folder / TRACKER)
+        for _, path in complete_checkpoints(self.folder)[: -self.retain]:
+            shutil.rmtree(path)
+        logger.info("saved checkpoint %s", final)
+
+
+def _flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder, so that a rename is not ordered before the data it renames."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

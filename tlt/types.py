@@ -1,0 +1,118 @@
+"""Records that flow along the arrows of docs/architecture.md; every stage takes one of them and returns the next.
+
+Shapes: S tokens of one sequence (prompt and response), R tokens of one response, T packed tokens of a micro-batch.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One problem, tokenised; equal on all ranks."""
+
+    prompt_id: str
+    """Names the problem for the whole run: `<source>/<index in the source>`."""
+    source: str
+    """Name of the data source it was drawn from; the reward function is chosen by it."""
+    token_ids: tuple[int, ...]
+    text: str
+    """The question as asked, before the chat template."""
+    answer: dict
+    """What the reward function of `source` needs to score a response; JSON types only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """The distribution that response tokens are drawn from; old, current and reference logprobs are of the same one."""
+
+    temperature: float
+    """Divides the logits; 0 means greedy (evaluation only)."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all tokens."""
+    max_response_tokens: int
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One response of a prompt, as the engine sampled it."""
+
+    token_ids: tuple[int, ...]  # [R], the end-of-sequence token included where one was sampled
+    logprobs: tuple[float, ...]  # [R], natural log, of the processed distribution (temperature, top-p, top-k)
+    text: str
+    finish_reason: str
+    """`stop` (end of sequence) or `length` (cut at the response limit or the context length)."""
+    policy_version: int
+    """Version of the weights that every token of the response was sampled with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutGroup:
+    """The rollouts of one prompt (the group of GRPO), in the order of their sample index."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    rewards: tuple[float, ...] | None = None
+    """One per rollout; None until scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSequence:
+    """One rollout as the policy trainer sees it."""
+
+    token_ids: tuple[int, ...]  # [S] prompt, then response
+    num_prompt_tokens: int
+    advantage: float
+    rollout_logprobs: tuple[float, ...]  # [R]
+    loss_weight: float
+    """Weight of each response token's loss; the weights of one optimizer step make its loss a sum over tokens, so it
+    does not depend on packing, micro-batches or the data-parallel split (see `rl/train_batch.py`)."""
+
+    @property
+    def num_response_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch:
+    """All sequences of one iteration; equal on all ranks."""
+
+    optimizer_steps: tuple[tuple[TrainSequence, ...], ...]
+    """Sequences of each optimizer step, in order."""
+    policy_version: int
+    """Version that sampled every rollout of the batch."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class PackedMicroBatch:
+    """Sequences laid end to end. Position t predicts token t + 1, so per-token fields sit where the logits are.
+
+    The last position of each sequence predicts nothing and prompt positions carry no loss: both have `loss_weights` 0.
+    """
+
+    token_ids: torch.Tensor  # [T] int64
+    targets: torch.Tensor  # [T] int64: next token of the same sequence (0 at a sequence's last position)
+    position_ids: torch.Tensor  # [T] int64, restarts at 0 with each sequence
+    cu_seqlens: torch.Tensor  # [B + 1] int32, CPU; where each sequence begins, and T
+    response_mask: torch.Tensor  # [T] bool: position predicts a response token
+    loss_weights: torch.Tensor  # [T] float32
+    advantages: torch.Tensor  # [T] float32
+    rollout_logprobs: torch.Tensor  # [T] float32, 0 where response_mask is false
+    old_logprobs: torch.Tensor | None = None  # [T] float32, by the policy before the iteration's first optimizer step
+    ref_logprobs: torch.Tensor | None = None  # [T] float32
+
+
+@dataclass(kw_only=True)
+class EngineStats:
+    """What one call of `RolloutEngine.generate` did on this rank."""
+
+    num_engine_steps: int = 0
+    num_response_tokens: int = 0
+    rollout_s: float = 0.0
+    num_preemptions: int = 0
+    running_requests: list[int] = field(default_factory=list)
+    """Requests that ran in each engine step."""
