@@ -1,0 +1,30 @@
+"""With tied embeddings and pipeline stages, first and last stage all-reduce their copies after `weight.data.cuda()`, which
+raises without CUDA. During this call `Tensor.cuda` returns the tensor itself: it is where it belongs.
+
+Remove when upstream runs this on a machine without CUDA.
+"""
+
+from unittest import mock
+
+import torch
+
+from megatron_patches.patch import Patch
+
+
+def make(original):
+    def setup_embeddings_and_output_layer(self) -> None:
+        with mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor):  # patched: upstream moves to CUDA
+            original(self)
+
+    return setup_embeddings_and_output_layer
+
+PATCH = Patch(
+    name="cpu_tied_embedding",
+    distribution="megatron-core",
+    versions=">=0.16.1,<0.17",
+    target="megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
+    source_sha256=("005bdd3315b0",),
+    reason='tied embeddings on several pipeline stages are moved by Tensor.cuda() before their all-reduce',
+    upstream="https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/models/common/language_module/language_module.py",
+    make=make,
+)

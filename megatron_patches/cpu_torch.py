@@ -1,0 +1,55 @@
+"""`torch` as seen by one Megatron function on a machine without CUDA: `device="cuda"` means the CPU.
+
+A function is copied with its global name `torch` bound to this stand-in, so that torch itself, and whatever else runs
+in the process (the rollout engine does), stay untouched.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+
+import torch
+
+FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "zeros_like", "empty_like")
+
+
+def _to_cpu(factory: Callable) -> Callable:
+    @functools.wraps(factory)
+    def wrapped(*args, **kwargs):
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+class _CpuTorch(types.ModuleType):
+    """Everything is torch's own but the factories and `torch.cuda.{current_device,synchronize}`."""
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+class _CpuCuda(types.ModuleType):
+    def __getattr__(self, name: str):
+        return getattr(torch.cuda, name)
+
+
+CPU_TORCH = _CpuTorch("torch")
+CPU_TORCH.cuda = _CpuCuda("torch.cuda")
+CPU_TORCH.cuda.current_device = lambda: torch.device("cpu")
+CPU_TORCH.cuda.synchronize = lambda device=None: None
+for _name in FACTORIES:
+    setattr(CPU_TORCH, _name, _to_cpu(getattr(torch, _name)))
+
+
+def on_cpu(original: Callable) -> Callable:
+    """The same code with `torch` bound to CPU_TORCH; decorators that keep `__wrapped__` are looked through."""
+    inner = original
+    while hasattr(inner, "__wrapped__"):
+        inner = inner.__wrapped__
+    copy = types.FunctionType(
+        inner.__code__, {**inner.__globals__, "torch": CPU_TORCH}, inner.__name__, inner.__defaults__, inner.__closure__
+    )
+    copy.__kwdefaults__ = inner.__kwdefaults__
+    return functools.update_wrapper(copy, inner)

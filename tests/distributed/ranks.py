@@ -1,0 +1,38 @@
+"""Run a function on `world_size` gloo ranks of this CPU and report the rank that failed first."""
+
+import os
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _rank_main(rank, fn, world_size, folder, args):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+    )
+    try:
+        fn(rank, world_size, *args)
+    except Exception:
+        # Written before the group goes down: the other ranks then fail too, with a mere connection error.
+        Path(folder, f"{time.time_ns()}-rank{rank}").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def run_ranks(fn, world_size: int, *args) -> None:
+    """Call `fn(rank, world_size, *args)` in `world_size` processes; `fn` must be importable (top level)."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mp.spawn(_rank_main, args=(fn, world_size, folder, args), nprocs=world_size)
+        except mp.ProcessRaisedException:
+            first = min(path for path in Path(folder).iterdir() if "-rank" in path.name)
+            raise AssertionError(f"{first.name.partition('-')[2]} failed first:\n{first.read_text()}") from None

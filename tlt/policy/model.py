@@ -1,0 +1,150 @@
+"""Megatron GPTModel from a Hugging Face config: Llama, Qwen2/2.5 and Qwen3 dense.
+
+Shapes: T packed tokens, H hidden, V_tp vocabulary shard. Megatron's activations are [T, 1, H]; converted here.
+"""
+
+import importlib.util
+import logging
+from dataclasses import replace
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from tlt.config import ModelConfig
+from tlt.parallel import Parallel
+from tlt.policy.attention import PackedAttention
+from tlt.types import PackedMicroBatch
+
+logger = logging.getLogger(__name__)
+
+
+def uses_transformer_engine(model: ModelConfig) -> bool:
+    """Resolve --transformer-impl on this machine. Raises ValueError where it asks for what is not installed."""
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if model.transformer_impl == "transformer_engine" and not (installed and torch.cuda.is_available()):
+        raise ValueError(
+            "--transformer-impl transformer_engine needs a GPU and the package transformer-engine; use local or auto"
+        )
+    return model.transformer_impl != "local" and installed and torch.cuda.is_available()
+
+
+def head_dim(hf_config: dict) -> int:
+    """Size of one attention head."""
+    return hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"]
+
+
+def rope_parameters(hf_config: dict) -> dict:
+    """Rotary embedding settings: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` before it."""
+    rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", hf_config.get("rope_theta", 10000.0))
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    if rope["rope_type"] not in ("default", "llama3"):
+        raise ValueError(f"--hf-model: rope_type {rope['rope_type']!r} is not supported; allowed are default and llama3")
+    return rope
+
+
+def transformer_config(hf_config: dict, model: ModelConfig) -> TransformerConfig:
+    """Megatron's config of the same network; no fusion that only CUDA has."""
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    attention_bias = bool(hf_config.get("attention_bias", False))
+    if attention_bias and hf_config["model_type"] != "qwen2":
+        raise ValueError("--hf-model: attention_bias is supported for qwen2 only (there on q, k and v)")
+    return TransformerConfig(
+        num_layers=hf_config["num_hidden_layers"],
+        hidden_size=hf_config["hidden_size"],
+        ffn_hidden_size=hf_config["intermediate_size"],
+        num_attention_heads=hf_config["num_attention_heads"],
+        num_query_groups=hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"],
+        kv_channels=head_dim(hf_config),
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config["rms_norm_eps"],
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=hf_config["model_type"] == "qwen2",
+        qk_layernorm=hf_config["model_type"] == "qwen3",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=model.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the default is refused with variable lengths, even in a dense model
+        batch_p2p_comm=False,
+        # Losses arrive normalised over the whole optimizer step (rl/train_batch.py): Megatron must sum, not average.
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,  # every weight is loaded
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        recompute_granularity=None if model.recompute_granularity == "none" else model.recompute_granularity,
+        recompute_method="uniform" if model.recompute_granularity == "full" else None,
+        recompute_num_layers=1 if model.recompute_granularity == "full" else None,
+    )
+
+
+def layer_spec(config: TransformerConfig, *, transformer_engine: bool) -> ModuleSpec:
+    """One layer: Transformer Engine's on GPU, or Megatron's local one with packed attention."""
+    if transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    attention = spec.submodules.self_attention
+    attention = replace(attention, submodules=replace(attention.submodules, core_attention=PackedAttention))
+    return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
+
+
+def build_policy_model(hf_config: dict, model: ModelConfig, parallel: Parallel) -> GPTModel:
+    """This rank's stage, with uninitialised weights (`weight_sync/load.py` fills them)."""
+    config = transformer_config(hf_config, model)
+    rope = rope_parameters(hf_config)
+    stage = GPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec(config, transformer_engine=uses_transformer_engine(model)),
+        vocab_size=hf_config["vocab_size"],
+        max_sequence_length=hf_config["max_position_embeddings"],
+        pre_process=parallel.pp_rank == 0,
+        post_process=parallel.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=bool(hf_config.get("tie_word_embeddings", False)),
+        position_embedding_type="rope",
+        rotary_base=int(rope["rope_theta"]),
+        rope_scaling=rope["rope_type"] == "llama3",
+        rope_scaling_factor=rope.get("factor", 8.0),
+    )
+    return stage.to(device=parallel.device, dtype=config.params_dtype)
+
+
+def forward_packed(model: torch.nn.Module, batch: PackedMicroBatch) -> torch.Tensor:
+    """Run a stage on a packed micro-batch: [T, V_tp] logits on the last stage, Megatron's [T, 1, H] before it."""
+    longest = int(batch.cu_seqlens.diff().max())
+    cu_seqlens = batch.cu_seqlens.to(batch.token_ids.device)
+    output = model(
+        batch.token_ids[None],
+        batch.position_ids[None],
+        None,
+        packed_seq_params=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
+    )
+    # The last stage gives [1, T, V_tp] (batch first), earlier ones [T, 1, H].
+    return output[0] if output.shape[0] == 1 and output.shape[1] == len(batch.token_ids) else output

@@ -1,0 +1,50 @@
+"""Spans of what each rank did when, one JSON line each: the timeline of a rollout's tail is drawn from them."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Trace:
+    """Appends `{"name", "rank", "begin_s", "end_s", ...}` to `<folder>/rank<rank>.jsonl` when a span ends.
+
+    Times are seconds of the wall clock since the epoch, so that ranks can be laid over each other. Spans nest; one
+    that ends by an exception is written too, with the exception's type under `error`.
+    """
+
+    def __init__(self, folder: Path, rank: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rank = rank
+        self.file = (folder / f"rank{rank}.jsonl").open("a", buffering=1)
+
+    @contextmanager
+    def span(self, name: str, **attributes: float | str) -> Iterator[None]:
+        begin_s = time.time()
+        outcome = {}
+        try:
+            yield
+        except BaseException as error:
+            outcome = {"error": type(error).__name__}
+            raise
+        finally:
+            record = {"name": name, "rank": self.rank, "begin_s": begin_s, "end_s": time.time()}
+            self.file.write(json.dumps(record | attributes | outcome) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class NoTrace(Trace):
+    """Keeps nothing."""
+
+    def __init__(self):
+        self.rank = 0
+
+    @contextmanager
+    def span(self, name: str, **attributes: float | str) -> Iterator[None]:
+        yield
+
+    def close(self) -> None:
+        pass
