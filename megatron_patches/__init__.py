@@ -13,10 +13,13 @@ CPU_PATCHES = (
     "cpu_schedule_no_pipelining",
     "cpu_schedule_pipelining",
     "cpu_pipeline_shapes",
+    "cpu_l2_norm",
     "cpu_grad_norm",
     "cpu_clip_grad",
     "cpu_fp32_optimizer",
     "cpu_mixed_precision_optimizer",
+    "cpu_master_weights",
+    "cpu_distributed_optimizer",
     "cpu_tied_embedding",
     "cpu_checkpoint_verify",
 )

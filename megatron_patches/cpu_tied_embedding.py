@@ -4,8 +4,6 @@ raises without CUDA. During this call `Tensor.cuda` returns the tensor itself: i
 Remove when upstream runs this on a machine without CUDA.
 """
 
-from unittest import mock
-
 import torch
 
 from megatron_patches.patch import Patch
@@ -13,8 +11,12 @@ from megatron_patches.patch import Patch
 
 def make(original):
     def setup_embeddings_and_output_layer(self) -> None:
-        with mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor):  # patched: upstream moves to CUDA
+        upstream = torch.Tensor.cuda
+        torch.Tensor.cuda = lambda tensor: tensor  # patched: upstream moves the weight to CUDA
+        try:
             original(self)
+        finally:
+            torch.Tensor.cuda = upstream
 
     return setup_embeddings_and_output_layer
 

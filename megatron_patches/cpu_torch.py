@@ -5,6 +5,7 @@ in the process (the rollout engine does), stay untouched.
 """
 
 import functools
+import re
 import types
 from collections.abc import Callable
 
@@ -43,13 +44,27 @@ for _name in FACTORIES:
     setattr(CPU_TORCH, _name, _to_cpu(getattr(torch, _name)))
 
 
+def _name_cpu_types(constant: object) -> object:
+    """`torch.cuda.FloatTensor` -> `torch.FloatTensor` in a code object's constants, nested ones included."""
+    if isinstance(constant, str):
+        return re.sub(r"^torch\.cuda\.(\w+Tensor)$", r"torch.\1", constant)
+    if isinstance(constant, tuple):
+        return tuple(map(_name_cpu_types, constant))
+    if isinstance(constant, types.CodeType):
+        return constant.replace(co_consts=_name_cpu_types(constant.co_consts))
+    return constant
+
+
 def on_cpu(original: Callable) -> Callable:
-    """The same code with `torch` bound to CPU_TORCH; decorators that keep `__wrapped__` are looked through."""
+    """The same code with `torch` bound to CPU_TORCH and CUDA's tensor type names made the CPU's.
+
+    Decorators that keep `__wrapped__` are looked through.
+    """
     inner = original
     while hasattr(inner, "__wrapped__"):
         inner = inner.__wrapped__
     copy = types.FunctionType(
-        inner.__code__, {**inner.__globals__, "torch": CPU_TORCH}, inner.__name__, inner.__defaults__, inner.__closure__
+        _name_cpu_types(inner.__code__), {**inner.__globals__, "torch": CPU_TORCH}, inner.__name__, inner.__defaults__, inner.__closure__
     )
     copy.__kwdefaults__ = inner.__kwdefaults__
     return functools.update_wrapper(copy, inner)

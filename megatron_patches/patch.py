@@ -60,7 +60,7 @@ class Patch:
                 f"({source}) the patch was not written for: re-check {self.upstream}"
             )
         replacement = self.make(original)
-        replacement.__patch__ = self.name
+        getattr(replacement, "__func__", replacement).__patch__ = self.name  # a class method passes on its function's
         setattr(owner, attribute, replacement)
         return True
 

@@ -1,0 +1,210 @@
+"""PolicyTrainer on Megatron: old and reference logprobs, then the optimizer steps of one iteration."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from tlt.config import ModelConfig, OptimizerConfig, RLConfig
+from tlt.metrics import MetricSums, reduce_metrics
+from tlt.parallel import Parallel
+from tlt.policy.checkpoint import load_policy, save_policy
+from tlt.policy.model import build_policy_model, forward_packed
+from tlt.policy.optimizer import build_optimizer
+from tlt.rl.logprobs import LogprobOutputs, vocab_parallel_logprobs
+from tlt.rl.losses import policy_loss
+from tlt.rl.packing import pack, pack_train_step
+from tlt.trace import Trace
+from tlt.types import PackedMicroBatch, SamplingConfig, TrainBatch, TrainSequence
+
+logger = logging.getLogger(__name__)
+
+
+class MegatronPolicyTrainer:
+    """Trains one Megatron model; `hf_tensors` names its weights, `fill` loads a stage's initial weights."""
+
+    def __init__(
+        self, *, hf_config: dict, model: ModelConfig, optimizer: OptimizerConfig, rl: RLConfig,
+        sampling: SamplingConfig, parallel: Parallel, train_iters: int, trace: Trace,
+        fill: Callable[[torch.nn.Module], None],
+        hf_tensors: Callable[[torch.nn.Module], Iterator[tuple[str, torch.Tensor]]],
+    ):  # fmt: skip
+        self.model_config = model
+        self.rl = rl
+        self.sampling = sampling
+        self.parallel = parallel
+        self.trace = trace
+        self._hf_tensors = hf_tensors
+
+        self.stage = build_policy_model(hf_config, model, parallel)
+        fill(self.stage)
+        self.config = self.stage.config
+        self.ddp = DistributedDataParallel(
+            self.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=optimizer.use_distributed_optimizer,
+                check_for_nan_in_grad=True,  # stops before a NaN reaches the weights
+            ),
+            self.stage,
+        )
+        self.optimizer, self.scheduler = build_optimizer(
+            self.ddp, optimizer, bf16=model.bf16, steps_per_iteration=rl.optimizer_steps, train_iters=train_iters
+        )
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.no_sync_func = self.ddp.no_sync
+        self.reference = None
+        if rl.kl_coef > 0:
+            self.reference = build_policy_model(hf_config, model, parallel).eval().requires_grad_(False)
+            fill(self.reference)
+        self.is_offloaded = False
+
+    def train_step(self, batch: TrainBatch) -> dict[str, float]:
+        """Old (and reference) logprobs of all sequences, then each optimizer step; metrics equal on all ranks.
+
+        Collective over all ranks; all must call.
+        """
+        self.onload()
+        steps = [self._micro_batches(sequences) for sequences in batch.optimizer_steps]
+        begin_s = time.perf_counter()
+        with self.trace.span("old_logprobs"):
+            for micro_batch, outputs in self._forward_only(self.ddp, sum(steps, [])):
+                micro_batch.old_logprobs = outputs.logprobs
+        if self.reference is not None:
+            with self.trace.span("ref_logprobs"):
+                for micro_batch, outputs in self._forward_only(self.reference, sum(steps, [])):
+                    micro_batch.ref_logprobs = outputs.logprobs
+        logprobs_s = time.perf_counter() - begin_s
+
+        total, grad_norms = MetricSums(), []
+        with self.trace.span("update"):
+            for micro_batches in steps:
+                metrics, grad_norm = self._optimizer_step(micro_batches)
+                total.add(metrics)
+                grad_norms.append(grad_norm)
+        metrics = {f"policy/{name}": value for name, value in self._reduce(total).items()}
+        metrics["policy/grad_norm"] = sum(grad_norms) / len(grad_norms) if grad_norms else 0.0
+        metrics["policy/lr"] = self.optimizer.param_groups[0]["lr"]
+        metrics["policy/optimizer_steps"] = float(len(steps))
+        metrics["policy/logprobs_s"] = logprobs_s
+        metrics["policy/update_s"] = time.perf_counter() - begin_s - logprobs_s
+        return metrics
+
+    def _micro_batches(self, sequences: tuple[TrainSequence, ...]) -> list[PackedMicroBatch]:
+        """This data-parallel rank's share of one optimizer step."""
+        layout = pack_train_step(
+            sequences, dp_size=self.parallel.dp_size, max_tokens=self.model_config.max_tokens_per_micro_batch
+        )
+        multiple = self.parallel.tp_size if self.model_config.sequence_parallel else 1
+        return [
+            pack([sequences[index] for index in indices], device=self.parallel.device, multiple=multiple)
+            for indices in layout[self.parallel.dp_rank]
+        ]
+
+    def _outputs(self, logits: torch.Tensor, micro_batch: PackedMicroBatch) -> LogprobOutputs:
+        """Of the distribution that the engine sampled from: temperature, top-k and top-p applied."""
+        return vocab_parallel_logprobs(
+            logits,
+            micro_batch.targets,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            top_k=self.sampling.top_k,
+            group=parallel_state.get_tensor_model_parallel_group() if self.parallel.tp_size > 1 else None,
+        )
+
+    def _run(
+        self, model: torch.nn.Module, micro_batches: list[PackedMicroBatch], loss: Callable, *, forward_only: bool
+    ) -> list:
+        """Megatron's schedule over packed micro-batches; what `loss` reports of each, on the last stage."""
+
+        def forward_step(batches: Iterator[PackedMicroBatch], stage: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+            micro_batch = next(batches)
+            return forward_packed(stage, micro_batch), partial(loss, micro_batch)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[model],
+            num_microbatches=len(micro_batches),
+            seq_length=self.model_config.max_tokens_per_micro_batch,  # ignored: lengths are variable
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _forward_only(
+        self, model: torch.nn.Module, micro_batches: list[PackedMicroBatch]
+    ) -> Iterator[tuple[PackedMicroBatch, LogprobOutputs]]:
+        """Logprobs under `model` of each micro-batch, on the last stage; nothing on the others."""
+
+        def outputs(micro_batch: PackedMicroBatch, logits: torch.Tensor, non_loss_data: bool) -> LogprobOutputs:
+            return self._outputs(logits, micro_batch)
+
+        if not micro_batches:
+            return
+        model.eval()
+        with torch.no_grad():
+            collected = self._run(model, micro_batches, outputs, forward_only=True)
+        if self.parallel.is_last_stage:
+            yield from zip(micro_batches, collected, strict=True)
+
+    def _optimizer_step(self, micro_batches: list[PackedMicroBatch]) -> tuple[MetricSums, float]:
+        """Gradients of all micro-batches, one step of the optimizer; this rank's metrics and the global gradient norm."""
+
+        def loss(micro_batch: PackedMicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, MetricSums]:
+            outputs = self._outputs(logits, micro_batch)
+            result = policy_loss(outputs.logprobs, outputs.entropy, micro_batch, self.rl)
+            # A token count of 0 tells Megatron that there is nothing left to divide by.
+            return result.loss, torch.zeros((), dtype=torch.int, device=logits.device), result.metrics
+
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        collected = self._run(self.ddp, micro_batches, loss, forward_only=False)
+        succeeded, grad_norm, _ = self.optimizer.step()
+        if not succeeded:
+            raise RuntimeError("the optimizer refused the step: gradients are not finite")
+        self.scheduler.step(increment=1)
+        metrics = MetricSums()
+        if self.parallel.is_last_stage and self.parallel.tp_rank == 0:
+            for record in collected:
+                metrics.add(record)
+        return metrics, float(grad_norm)
+
+    def _reduce(self, own: MetricSums) -> dict[str, float]:
+        return reduce_metrics(own, self.parallel.control_group).values()
+
+    def named_hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full weights under Hugging Face names, streamed. Collective over all ranks; all must consume it."""
+        return self._hf_tensors(self.stage)
+
+    def offload(self) -> None:
+        """Move optimizer state to the host and free gradients (GPU); on a CPU there is one memory: nothing moves."""
+        if self.parallel.device.type == "cuda" and not self.is_offloaded:
+            self.ddp.offload_grad_buffers()
+            self.optimizer.offload_to_cpu()
+            self.is_offloaded = True
+
+    def onload(self) -> None:
+        """Undo `offload`."""
+        if self.is_offloaded:
+            self.ddp.restore_grad_buffers()
+            self.optimizer.restore_from_cpu()
+            self.is_offloaded = False
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimizer and schedule. Collective over all ranks; all must call."""
+        self.onload()
+        save_policy(folder, self.stage, self.optimizer, self.scheduler)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, at any parallel layout. Collective over all ranks; all must call."""
+        self.onload()
+        load_policy(folder, self.stage, self.optimizer, self.scheduler)
