@@ -1,0 +1,167 @@
+"""Where problems come from: procedural tasks of reasoning-gym, or a JSONL file of questions with gold answers."""
+
+import difflib
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A question as asked, or the messages of a conversation, and what the reward function needs."""
+
+    name: str
+    """`<source>/<index>`, for messages and as the prompt's id."""
+    question: str
+    messages: tuple[dict, ...] | None
+    answer: dict
+    """JSON types; `kind` names the reward function."""
+
+
+class Source(Protocol):
+    name: str
+    num_problems: int | None
+    """None: without limit."""
+
+    def problem(self, position: int) -> Problem:
+        """Problem at a position of the source's endless order."""
+
+
+def derive_seed(*parts: object) -> int:
+    """A 31-bit seed from a run's seed and names: neighbouring seeds give unrelated streams."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
+
+
+def question_key(question: str) -> str:
+    """Two problems are the same if their questions are, up to white space and case."""
+    return " ".join(question.lower().split())
+
+
+def parse_source(spec: str, flag: str, *, seed: int) -> Source:
+    """`reasoning-gym:<task>[:<JSON configuration>]` or `jsonl:<file>`. Raises ValueError naming the flag."""
+    kind, _, rest = spec.partition(":")
+    if kind == "reasoning-gym" and rest:
+        task, _, config = rest.partition(":")
+        return ReasoningGymSource(task, config, flag, seed=seed)
+    if kind == "jsonl" and rest:
+        return JsonlSource(Path(rest), flag, seed=seed)
+    raise ValueError(
+        f"{flag} must be `reasoning-gym:<task>[:<JSON configuration>]` or `jsonl:<file>`, got {spec!r}"
+    )
+
+
+class ReasoningGymSource:
+    """A procedural task: endless, each problem a function of (seed, position)."""
+
+    num_problems = None
+
+    def __init__(self, task: str, config: str, flag: str, *, seed: int):
+        from reasoning_gym.factory import DATASETS
+
+        if task not in DATASETS:
+            near = difflib.get_close_matches(task, DATASETS, n=3) or sorted(DATASETS)[:3]
+            raise ValueError(f"{flag}: reasoning-gym has no task {task!r}; close to it: {', '.join(near)}")
+        try:
+            self.config = json.loads(config) if config else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{flag}: the configuration of {task} is not JSON ({error}): {config}") from None
+        self.name = f"reasoning-gym:{task}"
+        self.task = task
+        self.seed = derive_seed(seed, task, config)
+        self.dataset = make_dataset(task, self.config, self.seed, flag)
+
+    def problem(self, position: int) -> Problem:
+        item = self.dataset[position]
+        answer = {
+            "kind": "reasoning-gym", "task": self.task, "config": self.config, "seed": self.seed, "index": position,
+        }  # fmt: skip
+        return Problem(name=f"{self.name}/{position}", question=item["question"], messages=None, answer=answer)
+
+
+def make_dataset(task: str, config: dict[str, Any], seed: int, flag: str = "--data-train"):
+    """reasoning-gym's dataset. Raises ValueError naming the flag where the task refuses its configuration."""
+    import reasoning_gym
+
+    try:
+        return reasoning_gym.create_dataset(task, seed=seed, **config)
+    except (TypeError, AssertionError, ValueError) as error:  # its three ways to say so
+        raise ValueError(f"{flag}: reasoning-gym:{task} refuses the configuration {config}: {error}") from None
+
+
+class JsonlSource:
+    """Questions of a file in an order shuffled anew each epoch; a function of (seed, position)."""
+
+    def __init__(self, path: Path, flag: str, *, seed: int):
+        self.name = f"jsonl:{path}"
+        self.problems = read_jsonl(path, flag)
+        self.num_problems = len(self.problems)
+        self.seed = derive_seed(seed, self.name)
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def problem(self, position: int) -> Problem:
+        epoch, index = divmod(position, self.num_problems)
+        if self._order[0] != epoch:
+            order = list(range(self.num_problems))
+            Random(derive_seed(self.seed, epoch)).shuffle(order)
+            self._order = (epoch, order)
+        return self.problems[self._order[1][index]]
+
+
+def read_jsonl(path: Path, flag: str) -> list[Problem]:
+    """Problems of a file, repeated questions left out. Raises ValueError naming file and line."""
+    if not path.is_file():
+        raise ValueError(f"{flag}: {path} is not a file")
+    problems: dict[str, Problem] = {}
+    num_repeated = 0
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            problem = parse_line(line, f"{path}, line {number}", f"jsonl:{path}/{number}")
+            key = question_key(problem.question)
+            num_repeated += key in problems
+            problems.setdefault(key, problem)
+    if not problems:
+        raise ValueError(f"{flag}: {path} holds no problem")
+    if num_repeated:
+        logger.warning("%s: %d lines repeat an earlier question and are left out", path, num_repeated)
+    return list(problems.values())
+
+
+def parse_line(line: str, where: str, name: str) -> Problem:
+    """One JSONL object: `prompt`, `question` or `messages`, and `answer` (text or number; GSM8K's `#### 42` too)."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")
+    messages = record.get("messages")
+    question = record.get("prompt", record.get("question"))
+    if messages is not None:
+        is_chat = isinstance(messages, list) and messages and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )  # fmt: skip
+        if not is_chat:
+            raise ValueError(f'{where}: "messages" must be a list of {{"role": text, "content": text}}')
+        question = messages[-1]["content"]
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f'{where}: needs "prompt", "question" or "messages" with text, got keys {sorted(record)}')
+    answer = record.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise ValueError(f'{where}: needs "answer", a text or a number, got {answer!r}')
+    gold = str(answer).rpartition("####")[2].strip()
+    return Problem(
+        name=name,
+        question=question,
+        messages=None if messages is None else tuple(messages),
+        answer={"kind": "math", "gold": gold},
+    )

@@ -1,0 +1,245 @@
+"""RolloutEngine on vLLM: one in-process engine per rank, tensor-parallel over neighbouring ranks of the torchrun world."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from tlt.config import RolloutConfig
+from tlt.protocols import OnFinished, RolloutInterrupted
+from tlt.rollout.placement import place_groups
+from tlt.rollout.vllm import readback, seeding
+from tlt.types import EngineStats, Prompt, Rollout, RolloutGroup, SamplingConfig
+
+logger = logging.getLogger(__name__)
+
+STOP_CHECK_STEPS = 8
+"""Engine steps between two agreements of a replica's ranks on whether to stop."""
+SYNCS_PER_FULL_CHECK = 8
+"""Each weight sync reads back one weight in this many, another share each time."""
+
+
+def set_engine_environment(config: RolloutConfig) -> None:
+    """What vLLM reads from the environment when it is imported; the user's own settings win."""
+    for name, value in {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine, scheduler and worker in this process
+        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks share a machine's cores
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "NUMBA_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+class VLLMRolloutEngine:
+    """Engine of this rank's replica; torch.distributed must be initialised, and all ranks build theirs together."""
+
+    def __init__(
+        self, config: RolloutConfig, *, hf_model: str, dtype: str, seed: int, stop_token_ids: Sequence[int],
+        decode: Callable[[Sequence[int]], str], should_stop: Callable[[], bool],
+    ):  # fmt: skip
+        set_engine_environment(config)
+        from vllm import LLM
+
+        self.config = config
+        self.stop_token_ids = list(stop_token_ids)
+        self.decode = decode
+        self.should_stop = should_stop
+        self.tp_size = config.tensor_parallel_size
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        self.num_replicas = world_size // self.tp_size
+        self.replica, self.tp_rank = divmod(rank, self.tp_size)
+        self.is_replica_leader = self.tp_rank == 0
+        self.replica_group = self._make_replica_group() if self.tp_size > 1 else None
+
+        self.on_gpu = torch.cuda.is_available()
+        if not self.on_gpu:
+            seeding.PATCH.apply()
+        num_threads = torch.get_num_threads()
+        self.llm = LLM(
+            model=hf_model,
+            skip_tokenizer_init=True,
+            dtype=dtype,
+            seed=seed,
+            tensor_parallel_size=self.tp_size,
+            distributed_executor_backend="external_launcher",
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            enforce_eager=config.enforce_eager or not self.on_gpu,
+            enable_sleep_mode=self.on_gpu,
+            enable_prefix_caching=True,
+            async_scheduling=False,  # the strategy of an engine step is decided between steps
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+        )
+        torch.set_num_threads(num_threads)
+        self.engine = self.llm.llm_engine
+        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self.runner = self.engine.model_executor.driver_worker.worker.model_runner
+        self.policy_version = -1
+        self.is_asleep = False
+        self._stats = EngineStats()
+
+    def _make_replica_group(self) -> dist.ProcessGroup:
+        """Gloo group of this replica's ranks. Collective over all ranks: each creates every group."""
+        groups = [
+            dist.new_group(list(range(first, first + self.tp_size)), backend="gloo")
+            for first in range(0, dist.get_world_size(), self.tp_size)
+        ]
+        return groups[self.replica]
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, group_size: int, seed: int, on_finished: OnFinished
+    ) -> list[RolloutGroup]:
+        """Groups of the prompts placed on this replica, in the order of `prompts`.
+
+        A response is a function of the weights, its prompt and its seed, up to rounding that depends on the batch.
+        Raises RolloutInterrupted on all ranks of the replica when told to stop. Collective over the replica's ranks.
+        """
+        if self.is_asleep:
+            raise RuntimeError("generate was called while the engine sleeps; call wake and load_weights before")
+        replicas = place_groups(len(prompts), self.num_replicas)
+        own = [prompt for prompt, replica in zip(prompts, replicas, strict=True) if replica == self.replica]
+        begin_s = time.perf_counter()
+        self._stats = EngineStats()
+        waiting = {}
+        for prompt in own:
+            for sample in range(group_size):
+                request_id = f"{prompt.prompt_id}#{sample}"
+                waiting[request_id] = (prompt, sample)
+                params = self._sampling_params(sampling, seeding.request_seed(seed, prompt.prompt_id, sample))
+                self.engine.add_request(request_id, {"prompt_token_ids": list(prompt.token_ids)}, params)
+
+        finished: dict[str, Rollout] = {}
+        for output in self._run(list(waiting)):
+            prompt, sample = waiting[output.request_id]
+            rollout = self._rollout(output)
+            finished[output.request_id] = rollout
+            if self.is_replica_leader:
+                on_finished(prompt, sample, rollout)
+        self._stats.num_response_tokens = sum(len(rollout.token_ids) for rollout in finished.values())
+        self._stats.rollout_s = time.perf_counter() - begin_s
+        return [
+            RolloutGroup(
+                prompt=prompt,
+                rollouts=tuple(finished[f"{prompt.prompt_id}#{sample}"] for sample in range(group_size)),
+            )
+            for prompt in own
+        ]
+
+    def _run(self, request_ids: list[str]) -> Iterator:
+        """Engine steps until no request is left; finished outputs as they come."""
+        preempted: set[str] = set()
+        while self.engine.has_unfinished_requests():
+            if self._agree_to_stop():
+                self.engine.abort_request(request_ids)
+                self.engine.step()  # lets the scheduler free them
+                raise RolloutInterrupted
+            self._before_step()
+            outputs = self.engine.step()
+            self._stats.num_engine_steps += 1
+            self._stats.running_requests.append(len(self.scheduler.running))
+            waiting = {request.request_id for request in self.scheduler.waiting if request.status.name == "PREEMPTED"}
+            self._stats.num_preemptions += len(waiting - preempted)
+            preempted = waiting
+            yield from (output for output in outputs if output.finished)
+
+    def _before_step(self) -> None:
+        """Where the strategy of an engine step will be set: decided once per replica, the same on all its ranks."""
+
+    def _agree_to_stop(self) -> bool:
+        """Whether the replica's first rank was told to stop; asked every few steps so that all leave together."""
+        if self.replica_group is None:
+            return self.should_stop()
+        if self._stats.num_engine_steps % STOP_CHECK_STEPS:
+            return False
+        flag = torch.tensor(int(self.should_stop()))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.replica_group)
+        return bool(flag)
+
+    def _sampling_params(self, sampling: SamplingConfig, seed: int):
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
+            top_k=sampling.top_k if sampling.temperature > 0 else 0,
+            seed=seed if sampling.temperature > 0 else None,
+            max_tokens=sampling.max_response_tokens,
+            ignore_eos=sampling.ignore_eos,
+            stop_token_ids=None if sampling.ignore_eos else self.stop_token_ids,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _rollout(self, output) -> Rollout:
+        completion = output.outputs[0]
+        token_ids = tuple(completion.token_ids)
+        logprobs = tuple(row[token].logprob for row, token in zip(completion.logprobs, token_ids, strict=True))
+        text_ids = token_ids[:-1] if completion.finish_reason == "stop" else token_ids
+        return Rollout(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            text=self.decode(text_ids),
+            finish_reason=completion.finish_reason,
+            policy_version=self.policy_version,
+        )
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None:
+        """Replace the target model's weights from full tensors under Hugging Face names, consumed as a stream.
+
+        A share of them is read back from the live engine and compared bit for bit; RuntimeError where one differs.
+        Cached prefixes of the old weights are dropped. Collective over the replica's ranks.
+        """
+        sample: dict[str, torch.Tensor] = {}
+
+        def stream() -> Iterator[tuple[str, torch.Tensor]]:
+            for index, (name, tensor) in enumerate(named_tensors):
+                if (index + policy_version) % SYNCS_PER_FULL_CHECK == 0:
+                    sample[name] = tensor.clone()
+                yield name, tensor
+
+        num_threads = torch.get_num_threads()
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
+        torch.set_num_threads(num_threads)
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("the engine still holds blocks of unfinished requests: its prefix cache was not reset")
+        self.check_weights(sample)
+        self.policy_version = policy_version
+
+    @torch.inference_mode()
+    def check_weights(self, sent: dict[str, torch.Tensor]) -> None:
+        """Raise RuntimeError where the live engine's part of a weight is not what was sent."""
+        model = self.runner.get_model()
+        errors = [
+            readback.mismatch(model, name, tensor, tp_rank=self.tp_rank, tp_size=self.tp_size)
+            for name, tensor in sent.items()
+        ]
+        errors = [error for error in errors if error]
+        if errors:
+            raise RuntimeError(f"after the weight sync the engine holds other values than the policy: {errors}")
+
+    def sleep(self) -> None:
+        """Free weights and KV cache on GPU (the next sync sends all weights); a CPU shares one memory: nothing moves."""
+        if self.on_gpu and not self.is_asleep:
+            self.llm.sleep(level=2)
+        self.is_asleep = True
+
+    def wake(self) -> None:
+        """Allocate weights and KV cache again on GPU; `load_weights` must follow before `generate`."""
+        if self.on_gpu and self.is_asleep:
+            self.llm.wake_up()
+        self.is_asleep = False
+
+    def stats(self) -> EngineStats:
+        """What the last `generate` did."""
+        return self._stats
