@@ -21,6 +21,7 @@ CPU_PATCHES = (
     "cpu_master_weights",
     "cpu_distributed_optimizer",
     "cpu_tied_embedding",
+    "cpu_checkpoint_preload",
     "cpu_checkpoint_verify",
 )
 """File names, in the order they are applied."""

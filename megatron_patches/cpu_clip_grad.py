@@ -13,7 +13,7 @@ PATCH = Patch(
     versions=">=0.16.1,<0.17",
     target="megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
     source_sha256=("8edb9da53650",),
-    reason='clipping asserts that gradients are of type torch.cuda.FloatTensor',
+    reason="clipping asserts that gradients are of type torch.cuda.FloatTensor",
     upstream="https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/optimizer/clip_grads.py",
     make=on_cpu,
 )

@@ -16,13 +16,14 @@ def make(original):
 
     return current_device
 
+
 PATCH = Patch(
     name="cpu_current_device",
     distribution="torch",
     versions=">=2.13,<2.14",
     target="torch.cuda:current_device",
     source_sha256=("6e9804168a5c",),
-    reason='torch.cuda.current_device raises where torch is built without CUDA; Megatron allocates every buffer on what it returns',
+    reason="torch.cuda.current_device raises where torch is built without CUDA; Megatron allocates every buffer on what it returns",
     upstream="https://github.com/NVIDIA/Megatron-LM/issues",
     make=make,
 )

@@ -13,7 +13,7 @@ PATCH = Patch(
     versions=">=0.16.1,<0.17",
     target="megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__",
     source_sha256=("1d470dedcf8e",),
-    reason='the optimizer with fp32 master weights accepts only parameters of torch.cuda tensor types',
+    reason="the optimizer with fp32 master weights accepts only parameters of torch.cuda tensor types",
     upstream="https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/optimizer/optimizer.py",
     make=on_cpu,
 )

@@ -14,7 +14,7 @@ PATCH = Patch(
     versions=">=0.16.1,<0.17",
     target="megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate_shapes",
     source_sha256=("64129c790b8b",),
-    reason='the exchange of shapes between pipeline stages calls torch.cuda.synchronize unconditionally',
+    reason="the exchange of shapes between pipeline stages calls torch.cuda.synchronize unconditionally",
     upstream="https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/pipeline_parallel/p2p_communication.py",
     make=on_cpu,
 )

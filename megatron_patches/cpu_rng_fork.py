@@ -16,13 +16,14 @@ def make(original):
 
     return fork
 
+
 PATCH = Patch(
     name="cpu_rng_fork",
     distribution="megatron-core",
     versions=">=0.16.1,<0.17",
     target="megatron.core.tensor_parallel.random:CudaRNGStatesTracker.fork",
     source_sha256=("6821e1e39725",),
-    reason='the tracker forks a CUDA generator, which no CPU machine has, and raises that its state was not added',
+    reason="the tracker forks a CUDA generator, which no CPU machine has, and raises that its state was not added",
     upstream="https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/tensor_parallel/random.py",
     make=make,
 )

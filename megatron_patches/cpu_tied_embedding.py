@@ -20,13 +20,14 @@ def make(original):
 
     return setup_embeddings_and_output_layer
 
+
 PATCH = Patch(
     name="cpu_tied_embedding",
     distribution="megatron-core",
     versions=">=0.16.1,<0.17",
     target="megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
     source_sha256=("005bdd3315b0",),
-    reason='tied embeddings on several pipeline stages are moved by Tensor.cuda() before their all-reduce',
+    reason="tied embeddings on several pipeline stages are moved by Tensor.cuda() before their all-reduce",
     upstream="https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/models/common/language_module/language_module.py",
     make=make,
 )

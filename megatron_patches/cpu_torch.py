@@ -64,7 +64,11 @@ def on_cpu(original: Callable) -> Callable:
     while hasattr(inner, "__wrapped__"):
         inner = inner.__wrapped__
     copy = types.FunctionType(
-        _name_cpu_types(inner.__code__), {**inner.__globals__, "torch": CPU_TORCH}, inner.__name__, inner.__defaults__, inner.__closure__
+        _name_cpu_types(inner.__code__),
+        {**inner.__globals__, "torch": CPU_TORCH},
+        inner.__name__,
+        inner.__defaults__,
+        inner.__closure__,
     )
     copy.__kwdefaults__ = inner.__kwdefaults__
     return functools.update_wrapper(copy, inner)

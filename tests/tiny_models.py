@@ -26,13 +26,18 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|pad|>", "<|im_start|>", "<|im_end|>"])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>",
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
         chat_template=CHAT_TEMPLATE,
     )
     fast.save_pretrained(folder)
 
 
-def write_tiny_model(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> Path:
+def write_tiny_model(
+    kind: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides
+) -> Path:
     """Write a random model of `kind` to `folder` (returned); `overrides` go to its Hugging Face config."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -43,9 +48,18 @@ def write_tiny_model(kind: str, folder: Path, *, dtype: torch.dtype = torch.floa
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     shape = dict(
-        vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     config_class, own = {
         "llama": (LlamaConfig, {"tie_word_embeddings": True}),

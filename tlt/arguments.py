@@ -71,7 +71,9 @@ def add_config_group(parser: argparse.ArgumentParser, part: str, cls: type) -> N
 def build_parser(description: str, config_class: type = RunConfig) -> argparse.ArgumentParser:
     """Parser of every flag of a run; `config_class` is a dataclass of config dataclasses."""
     parser = Parser(
-        description=description, allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=119)
+        description=description,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=119),
     )
     for part, cls in typing.get_type_hints(config_class).items():
         add_config_group(parser, part, cls)

@@ -44,7 +44,9 @@ class TrainingConfig:
         require(self.save_interval >= 0, "--save-interval", self.save_interval, "at least 0 iterations")
         require(self.save_retain >= 1, "--save-retain", self.save_retain, "at least 1 checkpoint")
         require(
-            self.distributed_timeout_minutes >= 1, "--distributed-timeout-minutes", self.distributed_timeout_minutes,
+            self.distributed_timeout_minutes >= 1,
+            "--distributed-timeout-minutes",
+            self.distributed_timeout_minutes,
             "at least 1 minute",
         )
 
@@ -76,7 +78,9 @@ class ModelConfig:
             value = getattr(self, flag)
             require(value >= 1, "--" + flag.replace("_", "-"), value, "at least 1")
         require(
-            not self.sequence_parallel or self.tensor_model_parallel_size > 1, "--sequence-parallel", True,
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "--sequence-parallel",
+            True,
             "off when --tensor-model-parallel-size is 1",
         )
 
@@ -155,7 +159,9 @@ class RLConfig:
             value = getattr(self, flag)
             require(value >= 1, "--rl-" + flag.replace("_", "-"), value, "at least 1")
         require(
-            self.optimizer_steps <= self.prompts_per_iteration, "--rl-optimizer-steps", self.optimizer_steps,
+            self.optimizer_steps <= self.prompts_per_iteration,
+            "--rl-optimizer-steps",
+            self.optimizer_steps,
             f"at most --rl-prompts-per-iteration ({self.prompts_per_iteration})",
         )
         require(0 <= self.clip_low <= 1, "--rl-clip-low", self.clip_low, "in [0, 1]")
@@ -163,8 +169,10 @@ class RLConfig:
         require(self.dual_clip is None or self.dual_clip >= 1, "--rl-dual-clip", self.dual_clip, "at least 1")
         require(self.kl_coef >= 0, "--rl-kl-coef", self.kl_coef, "at least 0")
         require(
-            self.importance_sampling_cap is None or self.importance_sampling_cap > 0, "--rl-importance-sampling-cap",
-            self.importance_sampling_cap, "above 0",
+            self.importance_sampling_cap is None or self.importance_sampling_cap > 0,
+            "--rl-importance-sampling-cap",
+            self.importance_sampling_cap,
+            "above 0",
         )
 
 
@@ -198,13 +206,19 @@ class RolloutConfig:
             value = getattr(self, flag)
             require(value >= 1, "--rollout-" + flag.replace("_", "-"), value, "at least 1")
         require(
-            self.temperature > 0, "--rollout-temperature", self.temperature,
+            self.temperature > 0,
+            "--rollout-temperature",
+            self.temperature,
             "above 0: a policy gradient needs the probability of what was sampled",
         )
         require(0 < self.top_p <= 1, "--rollout-top-p", self.top_p, "in (0, 1]")
         require(self.top_k >= 0, "--rollout-top-k", self.top_k, "at least 0")
-        require(0 < self.gpu_memory_utilization < 1, "--rollout-gpu-memory-utilization", self.gpu_memory_utilization,
-                "in (0, 1)")
+        require(
+            0 < self.gpu_memory_utilization < 1,
+            "--rollout-gpu-memory-utilization",
+            self.gpu_memory_utilization,
+            "in (0, 1)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +239,9 @@ class DataConfig:
         require(len(self.train) > 0, "--data-train", self.train, "at least one source")
         if self.weights is not None:
             require(
-                len(self.weights) == len(self.train), "--data-weights", self.weights,
+                len(self.weights) == len(self.train),
+                "--data-weights",
+                self.weights,
                 f"one number per source of --data-train ({len(self.train)})",
             )
             require(min(self.weights) > 0, "--data-weights", self.weights, "positive numbers")
@@ -281,36 +297,48 @@ def check(config: RunConfig, *, world_size: int, hf_config: dict) -> None:
     model, rollout = config.model, config.rollout
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     require(
-        world_size % (tp * pp) == 0, "--tensor-model-parallel-size x --pipeline-model-parallel-size", tp * pp,
+        world_size % (tp * pp) == 0,
+        "--tensor-model-parallel-size x --pipeline-model-parallel-size",
+        tp * pp,
         f"a divisor of the world size ({world_size} ranks)",
     )
     require(
-        world_size % rollout.tensor_parallel_size == 0, "--rollout-tensor-parallel-size", rollout.tensor_parallel_size,
+        world_size % rollout.tensor_parallel_size == 0,
+        "--rollout-tensor-parallel-size",
+        rollout.tensor_parallel_size,
         f"a divisor of the world size ({world_size} ranks)",
     )
     heads = hf_config["num_attention_heads"]
     kv_heads = hf_config.get("num_key_value_heads") or heads
     layers = hf_config["num_hidden_layers"]
-    for flag, size in (("--tensor-model-parallel-size", tp), ("--rollout-tensor-parallel-size",
-                                                              rollout.tensor_parallel_size)):
+    for flag, size in (
+        ("--tensor-model-parallel-size", tp),
+        ("--rollout-tensor-parallel-size", rollout.tensor_parallel_size),
+    ):
         require(heads % size == 0, flag, size, f"a divisor of the model's {heads} attention heads")
     require(
         kv_heads % tp == 0, "--tensor-model-parallel-size", tp, f"a divisor of the model's {kv_heads} key-value heads"
     )
     require(
-        hf_config["vocab_size"] % tp == 0, "--tensor-model-parallel-size", tp,
+        hf_config["vocab_size"] % tp == 0,
+        "--tensor-model-parallel-size",
+        tp,
         f"a divisor of the model's vocabulary of {hf_config['vocab_size']}",
     )
     require(layers % pp == 0, "--pipeline-model-parallel-size", pp, f"a divisor of the model's {layers} layers")
     context = hf_config["max_position_embeddings"]
     if rollout.max_model_len is not None:
         require(
-            rollout.max_model_len <= context, "--rollout-max-model-len", rollout.max_model_len,
+            rollout.max_model_len <= context,
+            "--rollout-max-model-len",
+            rollout.max_model_len,
             f"at most the model's context of {context} tokens",
         )
         context = rollout.max_model_len
     require(
-        rollout.max_response_tokens < context, "--rollout-max-response-tokens", rollout.max_response_tokens,
+        rollout.max_response_tokens < context,
+        "--rollout-max-response-tokens",
+        rollout.max_response_tokens,
         f"below the context length of {context} tokens",
     )
 
@@ -326,7 +354,9 @@ def read_hf_config(folder: str) -> dict:
         config = json.load(file)
     supported = ("llama", "qwen2", "qwen3")
     require(
-        config.get("model_type") in supported, "--hf-model", f"{folder} (model_type {config.get('model_type')!r})",
+        config.get("model_type") in supported,
+        "--hf-model",
+        f"{folder} (model_type {config.get('model_type')!r})",
         f"a model of type {', '.join(supported)}",
     )
     return config

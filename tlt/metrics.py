@@ -110,8 +110,7 @@ def iteration_line(iteration: int, train_iters: int, metrics: dict[str, float]) 
     return " | ".join([f"iteration {iteration}/{train_iters}", *parts])
 
 
-def masked_sums(mask: torch.Tensor, **values: torch.Tensor) -> MetricSums:
-    """Means over the positions where `mask` [T] is true of each of `values` [T]."""
-    count = float(mask.sum())
-    sums = {name: float(value.detach()[mask].double().sum()) for name, value in values.items()}
-    return MetricSums(sums=sums, counts=dict.fromkeys(sums, count))
+def token_sums(**values: torch.Tensor) -> MetricSums:
+    """Means over all entries of each of `values` [N]."""
+    sums = {name: float(value.detach().double().sum()) for name, value in values.items()}
+    return MetricSums(sums=sums, counts={name: float(value.numel()) for name, value in values.items()})

@@ -24,7 +24,13 @@ class RolloutEngine(Protocol):
     """First rank of its replica: the one that reports the replica's groups."""
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, group_size: int, seed: int, on_finished: OnFinished
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        *,
+        group_size: int,
+        seed: int,
+        on_finished: OnFinished,
     ) -> list[RolloutGroup]:
         """Groups of the prompts placed on this replica, in the order of `prompts`.
 
@@ -42,6 +48,9 @@ class RolloutEngine(Protocol):
 
     def stats(self) -> EngineStats:
         """What the last `generate` did."""
+
+    def close(self) -> None:
+        """End the engine."""
 
 
 class PolicyTrainer(Protocol):
@@ -64,6 +73,16 @@ class PolicyTrainer(Protocol):
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, at any parallel layout. Collective over all ranks."""
+
+
+class PromptSource(Protocol):
+    """Training prompts in a resumable order."""
+
+    def next_batch(self, num_prompts: int) -> list[Prompt]:
+        """The next prompts; equal on all ranks."""
+
+    def state_dict(self) -> dict:
+        """Cursor; JSON types."""
 
 
 class RewardFn(Protocol):

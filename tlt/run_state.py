@@ -36,6 +36,10 @@ class RunState:
     fingerprint: dict = field(default_factory=dict)
     """Settings that a resumed run must share, or its curve is another run's."""
 
+    def after(self, iteration: int, prompt_stream: dict) -> "RunState":
+        """The run after one more complete iteration."""
+        return dataclasses.replace(self, iteration=iteration, prompt_stream=prompt_stream)
+
 
 def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(iteration, path) of every complete checkpoint of a run folder, oldest first."""
@@ -53,13 +57,17 @@ def read_state(checkpoint: Path, fingerprint: dict) -> RunState:
     """Read a checkpoint's run state. Raises ValueError if it was written under other settings."""
     record = json.loads((checkpoint / STATE).read_text())
     if record.pop("format") != FORMAT:
-        raise ValueError(f"{checkpoint / STATE} has another format than {FORMAT}: it is of another version of this code")
+        raise ValueError(
+            f"{checkpoint / STATE} has another format than {FORMAT}: it is of another version of this code"
+        )
     state = RunState(**record)
     different = {key for key in fingerprint if state.fingerprint.get(key) != fingerprint[key]}
     if different:
         raise ValueError(
             f"--load {checkpoint.parent}: the run was started with other settings: "
-            + "; ".join(f"{key} was {state.fingerprint.get(key)!r}, is {fingerprint[key]!r}" for key in sorted(different))
+            + "; ".join(
+                f"{key} was {state.fingerprint.get(key)!r}, is {fingerprint[key]!r}" for key in sorted(different)
+            )
         )
     return state
 

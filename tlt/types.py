@@ -1,6 +1,7 @@
 """Records that flow along the arrows of docs/architecture.md; every stage takes one of them and returns the next.
 
-Shapes: S tokens of one sequence (prompt and response), R tokens of one response, T packed tokens of a micro-batch.
+Shapes: S tokens of one sequence (prompt and response), R tokens of one response, T packed tokens of a micro-batch, N
+response tokens among them.
 """
 
 from dataclasses import dataclass, field
@@ -89,21 +90,18 @@ class TrainBatch:
 
 @dataclass(kw_only=True)
 class PackedMicroBatch:
-    """Sequences laid end to end. Position t predicts token t + 1, so per-token fields sit where the logits are.
-
-    The last position of each sequence predicts nothing and prompt positions carry no loss: both have `loss_weights` 0.
-    """
+    """Sequences laid end to end. Fields of length N have one entry per response token, in the order of the pack."""
 
     token_ids: torch.Tensor  # [T] int64
-    targets: torch.Tensor  # [T] int64: next token of the same sequence (0 at a sequence's last position)
     position_ids: torch.Tensor  # [T] int64, restarts at 0 with each sequence
     cu_seqlens: torch.Tensor  # [B + 1] int32, CPU; where each sequence begins, and T
-    response_mask: torch.Tensor  # [T] bool: position predicts a response token
-    loss_weights: torch.Tensor  # [T] float32
-    advantages: torch.Tensor  # [T] float32
-    rollout_logprobs: torch.Tensor  # [T] float32, 0 where response_mask is false
-    old_logprobs: torch.Tensor | None = None  # [T] float32, by the policy before the iteration's first optimizer step
-    ref_logprobs: torch.Tensor | None = None  # [T] float32
+    predicting: torch.Tensor  # [N] int64: position in the pack whose logits predict the response token
+    targets: torch.Tensor  # [N] int64: the response token
+    loss_weights: torch.Tensor  # [N] float32
+    advantages: torch.Tensor  # [N] float32
+    rollout_logprobs: torch.Tensor  # [N] float32
+    old_logprobs: torch.Tensor | None = None  # [N] float32, by the policy before the iteration's first optimizer step
+    ref_logprobs: torch.Tensor | None = None  # [N] float32
 
 
 @dataclass(kw_only=True)

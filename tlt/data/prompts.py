@@ -35,7 +35,7 @@ class PromptBuilder:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         elif problem.messages is not None:
-            raise ValueError(f"{problem.name}: \"messages\" need a chat template; remove --no-data-chat-template")
+            raise ValueError(f'{problem.name}: "messages" need a chat template; remove --no-data-chat-template')
         else:
             token_ids = self.tokenizer.encode(problem.question + self.config.instruction)
         if len(token_ids) > self.max_prompt_tokens:

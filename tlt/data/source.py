@@ -52,9 +52,7 @@ def parse_source(spec: str, flag: str, *, seed: int) -> Source:
         return ReasoningGymSource(task, config, flag, seed=seed)
     if kind == "jsonl" and rest:
         return JsonlSource(Path(rest), flag, seed=seed)
-    raise ValueError(
-        f"{flag} must be `reasoning-gym:<task>[:<JSON configuration>]` or `jsonl:<file>`, got {spec!r}"
-    )
+    raise ValueError(f"{flag} must be `reasoning-gym:<task>[:<JSON configuration>]` or `jsonl:<file>`, got {spec!r}")
 
 
 class ReasoningGymSource:

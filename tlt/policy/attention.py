@@ -30,7 +30,9 @@ class PackedAttention(MegatronModule):
     ):
         super().__init__(config=config)
         if attn_mask_type is not AttnMaskType.causal or attention_type != "self":
-            raise ValueError(f"PackedAttention is causal self-attention only, got {attn_mask_type}, {attention_type!r}")
+            raise ValueError(
+                f"PackedAttention is causal self-attention only, got {attn_mask_type}, {attention_type!r}"
+            )
         if config.context_parallel_size != 1:
             raise ValueError("PackedAttention does not split sequences: context parallelism needs Transformer Engine")
         self.softmax_scale = softmax_scale

@@ -1,6 +1,6 @@
 """Megatron GPTModel from a Hugging Face config: Llama, Qwen2/2.5 and Qwen3 dense.
 
-Shapes: T packed tokens, H hidden, V_tp vocabulary shard. Megatron's activations are [T, 1, H]; converted here.
+Shapes: T packed tokens, N response tokens, H hidden, V_tp vocabulary shard. Megatron's activations are [T, 1, H]; converted here.
 """
 
 import importlib.util
@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.utils import unwrap_model
 
 from tlt.config import ModelConfig
 from tlt.parallel import Parallel
@@ -46,7 +47,9 @@ def rope_parameters(hf_config: dict) -> dict:
     rope.setdefault("rope_theta", hf_config.get("rope_theta", 10000.0))
     rope.setdefault("rope_type", rope.pop("type", "default"))
     if rope["rope_type"] not in ("default", "llama3"):
-        raise ValueError(f"--hf-model: rope_type {rope['rope_type']!r} is not supported; allowed are default and llama3")
+        raise ValueError(
+            f"--hf-model: rope_type {rope['rope_type']!r} is not supported; allowed are default and llama3"
+        )
     return rope
 
 
@@ -109,11 +112,22 @@ def layer_spec(config: TransformerConfig, *, transformer_engine: bool) -> Module
     return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
 
 
-def build_policy_model(hf_config: dict, model: ModelConfig, parallel: Parallel) -> GPTModel:
+class PolicyModel(GPTModel):
+    """GPTModel whose output layer runs on chosen positions only: prompts have no loss, and the vocabulary is wide."""
+
+    output_positions: torch.Tensor | None = None  # [N] positions of the pack; None means all
+
+    def _postprocess(self, hidden_states, *args, **kwargs):
+        if self.post_process and self.output_positions is not None:
+            hidden_states = hidden_states.index_select(0, self.output_positions)
+        return super()._postprocess(hidden_states, *args, **kwargs)
+
+
+def build_policy_model(hf_config: dict, model: ModelConfig, parallel: Parallel) -> PolicyModel:
     """This rank's stage, with uninitialised weights (`weight_sync/load.py` fills them)."""
     config = transformer_config(hf_config, model)
     rope = rope_parameters(hf_config)
-    stage = GPTModel(
+    stage = PolicyModel(
         config=config,
         transformer_layer_spec=layer_spec(config, transformer_engine=uses_transformer_engine(model)),
         vocab_size=hf_config["vocab_size"],
@@ -131,7 +145,13 @@ def build_policy_model(hf_config: dict, model: ModelConfig, parallel: Parallel) 
 
 
 def forward_packed(model: torch.nn.Module, batch: PackedMicroBatch) -> torch.Tensor:
-    """Run a stage on a packed micro-batch: [T, V_tp] logits on the last stage, Megatron's [T, 1, H] before it."""
+    """Run a stage on a packed micro-batch.
+
+    On the last stage [N, V_tp]: logits at the positions that predict response tokens; before it Megatron's [T, 1, H].
+    """
+    stage = unwrap_model(model)
+    # With sequence parallelism the hidden states here are one rank's part of the pack: all logits, then choose.
+    stage.output_positions = None if stage.config.sequence_parallel else batch.predicting
     longest = int(batch.cu_seqlens.diff().max())
     cu_seqlens = batch.cu_seqlens.to(batch.token_ids.device)
     output = model(
@@ -146,5 +166,7 @@ def forward_packed(model: torch.nn.Module, batch: PackedMicroBatch) -> torch.Ten
             max_seqlen_kv=longest,
         ),
     )
-    # The last stage gives [1, T, V_tp] (batch first), earlier ones [T, 1, H].
-    return output[0] if output.shape[0] == 1 and output.shape[1] == len(batch.token_ids) else output
+    if not stage.post_process:
+        return output
+    logits = output[0]  # the last stage puts the batch first: [1, positions, V_tp]
+    return logits[batch.predicting] if stage.config.sequence_parallel else logits

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from tlt.config import ModelConfig, OptimizerConfig, RLConfig
-from tlt.metrics import MetricSums, reduce_metrics
+from tlt.metrics import MetricSums, reduce_metrics, token_sums
 from tlt.parallel import Parallel
 from tlt.policy.checkpoint import load_policy, save_policy
 from tlt.policy.model import build_policy_model, forward_packed
@@ -74,9 +74,10 @@ class MegatronPolicyTrainer:
         self.onload()
         steps = [self._micro_batches(sequences) for sequences in batch.optimizer_steps]
         begin_s = time.perf_counter()
-        with self.trace.span("old_logprobs"):
-            for micro_batch, outputs in self._forward_only(self.ddp, sum(steps, [])):
-                micro_batch.old_logprobs = outputs.logprobs
+        if len(steps) > 1:  # a single step's own forward pass gives them, bit for bit
+            with self.trace.span("old_logprobs"):
+                for micro_batch, outputs in self._forward_only(self.ddp, sum(steps, [])):
+                    micro_batch.old_logprobs = outputs.logprobs
         if self.reference is not None:
             with self.trace.span("ref_logprobs"):
                 for micro_batch, outputs in self._forward_only(self.reference, sum(steps, [])):
@@ -161,6 +162,7 @@ class MegatronPolicyTrainer:
         def loss(micro_batch: PackedMicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, MetricSums]:
             outputs = self._outputs(logits, micro_batch)
             result = policy_loss(outputs.logprobs, outputs.entropy, micro_batch, self.rl)
+            result.metrics.add(token_sums(max_prob=outputs.max_prob))
             # A token count of 0 tells Megatron that there is nothing left to divide by.
             return result.loss, torch.zeros((), dtype=torch.int, device=logits.device), result.metrics
 

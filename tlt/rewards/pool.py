@@ -29,9 +29,7 @@ class RewardPool:
 
     def submit(self, prompt: Prompt, sample_index: int, rollout: Rollout) -> None:
         """Start scoring; returns at once."""
-        future = self.pool.schedule(
-            self.scorer, args=[prompt.answer, rollout.text], timeout=self.config.timeout_s
-        )
+        future = self.pool.schedule(self.scorer, args=[prompt.answer, rollout.text], timeout=self.config.timeout_s)
         self.pending[prompt.prompt_id, sample_index] = future
 
     def collect(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:

@@ -1,6 +1,6 @@
 """Log-probabilities of the distribution that was sampled from, over a vocabulary sharded by tensor parallelism.
 
-Shapes: T packed tokens, V vocabulary, V_tp this rank's shard of it.
+Shapes: T rows of logits, V vocabulary, V_tp this rank's shard of it.
 """
 
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class _LogprobsOfChunk(torch.autograd.Function):
         picked = logprobs_TV.gather(1, local[:, None]).squeeze(1)
         logprobs = _all_reduce(torch.where(is_local, picked, torch.zeros_like(picked)), group)
         probs_TV = logprobs_TV.exp()
-        entropy = _all_reduce(-torch.special.xlogy(probs_TV, probs_TV).sum(1), group)
+        entropy = _all_reduce(-(probs_TV * _finite(logprobs_TV)).sum(1), group)
         max_prob = _all_reduce(probs_TV.max(1).values, group, dist.ReduceOp.MAX)
         ctx.save_for_backward(logits, targets, entropy)
         ctx.settings = (temperature, top_p, top_k, group)
@@ -70,28 +70,38 @@ class _LogprobsOfChunk(torch.autograd.Function):
         logits, targets, entropy = ctx.saved_tensors
         temperature, top_p, top_k, group = ctx.settings
         logprobs_TV = _log_softmax(logits, targets, temperature, top_p, top_k, group)
-        probs_TV = logprobs_TV.exp()
-        grad_TV = -grad_logprobs[:, None] * probs_TV
         if bool((grad_entropy != 0).any()):
-            surprise_TV = torch.where(probs_TV > 0, logprobs_TV, torch.zeros_like(logprobs_TV))
-            grad_TV -= grad_entropy[:, None] * probs_TV * (surprise_TV + entropy[:, None])
+            probs_TV = logprobs_TV.exp()
+            slope_TV = _finite(logprobs_TV).add_(entropy[:, None]).mul_(grad_entropy[:, None])
+            grad_TV = slope_TV.add_(grad_logprobs[:, None]).mul_(probs_TV).neg_()
+        else:
+            grad_TV = logprobs_TV.exp_().mul_(-grad_logprobs[:, None])
         local, is_local = _local_targets(targets, logits.shape[1], group)
         grad_TV.scatter_add_(1, local[:, None], (grad_logprobs * is_local)[:, None])
-        return (grad_TV / temperature).to(logits.dtype), None, None, None, None, None
+        if temperature != 1.0:
+            grad_TV.div_(temperature)
+        return grad_TV.to(logits.dtype), None, None, None, None, None
 
 
 def _log_softmax(logits, targets, temperature, top_p, top_k, group) -> torch.Tensor:
     """This rank's columns of the processed distribution's log-probabilities, [T, V_tp] float32."""
-    scaled = logits.float() / temperature
+    scaled = logits.to(torch.float32, copy=True)
+    if temperature != 1.0:
+        scaled.div_(temperature)
     if top_k > 0 or top_p < 1.0:
         kept = _kept_tokens(_gather_vocabulary(scaled, group), top_p, top_k)
         kept.scatter_(1, targets[:, None], True)
         begin = _shard_begin(logits.shape[1], group)
-        scaled = scaled.masked_fill(~kept[:, begin : begin + logits.shape[1]], float("-inf"))
+        scaled.masked_fill_(~kept[:, begin : begin + logits.shape[1]], float("-inf"))
     largest = _all_reduce(scaled.max(1).values, group, dist.ReduceOp.MAX)
-    scaled = scaled - largest[:, None]
+    scaled.sub_(largest[:, None])
     total = _all_reduce(scaled.exp().sum(1), group)
-    return scaled - total.log()[:, None]
+    return scaled.sub_(total.log()[:, None])
+
+
+def _finite(logprobs_TV: torch.Tensor) -> torch.Tensor:
+    """A copy with minus infinity (tokens outside the kept set, whose probability is 0) made finite: 0 x inf is NaN."""
+    return logprobs_TV.clamp(min=torch.finfo(torch.float32).min)
 
 
 def _kept_tokens(logits_TV: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
@@ -119,7 +129,7 @@ def _local_targets(targets, shard_size, group) -> tuple[torch.Tensor, torch.Tens
 
 
 def _all_reduce(values: torch.Tensor, group, op=dist.ReduceOp.SUM) -> torch.Tensor:
-    if group is not None:
+    if group is not None and values.numel():
         dist.all_reduce(values, op=op, group=group)
     return values
 

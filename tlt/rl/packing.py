@@ -51,63 +51,44 @@ def pack_train_step(sequences: Sequence[TrainSequence], *, dp_size: int, max_tok
 def pack(
     sequences: Sequence[TrainSequence], *, device: torch.device | str = "cpu", multiple: int = 1
 ) -> PackedMicroBatch:
-    """Lay sequences end to end; per-token fields sit at the position that predicts the token.
+    """Lay sequences end to end.
 
-    No sequences at all give one of two tokens without loss, so that a rank without work still takes part in every
-    collective. T is filled up to a multiple of `multiple` (sequence parallelism) by one more sequence without loss.
+    No sequences at all give one of two tokens without response, so that a rank without work still takes part in every
+    collective. T is filled up to a multiple of `multiple` (sequence parallelism) by one more sequence without response.
     """
     token_ids: list[int] = []
-    targets: list[int] = []
-    position_ids: list[int] = []
-    cu_seqlens = [0]
-    fields: dict[str, list[float]] = {"mask": [], "weights": [], "advantages": [], "rollout_logprobs": []}
-
-    def append(ids: Sequence[int], num_prompt: int, weight: float, advantage: float, logprobs: Sequence[float]) -> None:
-        num_response = len(ids) - num_prompt
-        before = num_prompt - 1 if num_response else len(ids)  # positions that predict a prompt token
-        after = 1 if num_response else 0  # the last position predicts nothing
-        token_ids.extend(ids)
-        targets.extend([*ids[1:], 0])
-        position_ids.extend(range(len(ids)))
-        cu_seqlens.append(cu_seqlens[-1] + len(ids))
-        for name, response in (
-            ("mask", [1.0] * num_response),
-            ("weights", [weight] * num_response),
-            ("advantages", [advantage] * num_response),
-            ("rollout_logprobs", logprobs),
-        ):
-            fields[name].extend([0.0] * before + list(response) + [0.0] * after)
-
+    cu_seqlens, predicting, targets = [0], [], []
+    loss_weights, advantages, rollout_logprobs = [], [], []
     for sequence in sequences:
-        append(
-            sequence.token_ids, sequence.num_prompt_tokens, sequence.loss_weight, sequence.advantage,
-            sequence.rollout_logprobs,
-        )  # fmt: skip
-    if not sequences:
-        append((0, 0), 2, 0.0, 0.0, ())
-    if len(token_ids) % multiple:
-        num_fill = multiple - len(token_ids) % multiple
-        append((0,) * num_fill, num_fill, 0.0, 0.0, ())
+        num_response = sequence.num_response_tokens
+        first = len(token_ids) + sequence.num_prompt_tokens - 1
+        predicting.extend(range(first, first + num_response))
+        targets.extend(sequence.token_ids[sequence.num_prompt_tokens :])
+        loss_weights.extend([sequence.loss_weight] * num_response)
+        advantages.extend([sequence.advantage] * num_response)
+        rollout_logprobs.extend(sequence.rollout_logprobs)
+        token_ids.extend(sequence.token_ids)
+        cu_seqlens.append(len(token_ids))
+    num_fill = 2 if not sequences else 0
+    num_fill += -(len(token_ids) + num_fill) % multiple
+    if num_fill:
+        token_ids.extend([0] * num_fill)
+        cu_seqlens.append(len(token_ids))
 
-    def floats(name: str) -> torch.Tensor:
-        return torch.tensor(fields[name], dtype=torch.float32, device=device)
+    def floats(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
+    def integers(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    lengths = [end - begin for begin, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
     return PackedMicroBatch(
-        token_ids=torch.tensor(token_ids, device=device),
-        targets=torch.tensor(targets, device=device),
-        position_ids=torch.tensor(position_ids, device=device),
+        token_ids=integers(token_ids),
+        position_ids=torch.cat([torch.arange(length, device=device) for length in lengths]),
         cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
-        response_mask=floats("mask").bool(),
-        loss_weights=floats("weights"),
-        advantages=floats("advantages"),
-        rollout_logprobs=floats("rollout_logprobs"),
+        predicting=integers(predicting),
+        targets=integers(targets),
+        loss_weights=floats(loss_weights),
+        advantages=floats(advantages),
+        rollout_logprobs=floats(rollout_logprobs),
     )
-
-
-def unpack_response(values_T: torch.Tensor, micro_batch: PackedMicroBatch) -> list[list[float]]:
-    """Values at the positions that predict response tokens, per sequence: [R] of each."""
-    bounds = micro_batch.cu_seqlens.tolist()
-    mask = micro_batch.response_mask
-    return [
-        values_T[begin:end][mask[begin:end]].tolist() for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]

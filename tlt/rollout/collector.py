@@ -56,7 +56,11 @@ class RolloutCollector:
             groups, end_s = [], time.time()
 
         report = ReplicaReport(
-            groups=groups, stats=self.engine.stats(), begin_s=begin_s, end_s=end_s, interrupted=self.interrupt.requested
+            groups=groups,
+            stats=self.engine.stats(),
+            begin_s=begin_s,
+            end_s=end_s,
+            interrupted=self.interrupt.requested,
         )
         with self.trace.span("rollout_exchange"):
             reports = self.parallel.all_gather_objects(report)

@@ -116,5 +116,7 @@ class HfDirectory:
             raise ValueError(f"--hf-model {self.folder}: tensor {name} is missing")
         tensor = self.owner[name].get_tensor(name)
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"--hf-model {self.folder}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}")
+            raise ValueError(
+                f"--hf-model {self.folder}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}"
+            )
         return tensor

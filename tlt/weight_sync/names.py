@@ -37,9 +37,7 @@ def weight_table(hf_config: dict, *, transformer_engine: bool) -> list[Weight]:
     qkv_rows = (heads * dim, kv_heads * dim, kv_heads * dim)
 
     table = [
-        Weight(
-            "embedding.word_embeddings.weight", "column", ("model.embed_tokens.weight",), ((vocab, hidden),), -1
-        )
+        Weight("embedding.word_embeddings.weight", "column", ("model.embed_tokens.weight",), ((vocab, hidden),), -1)
     ]
     for layer in range(num_layers):
         ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
@@ -91,9 +89,7 @@ def query_groups(hf_config: dict) -> int:
     return hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"]
 
 
-def shard(
-    weight: Weight, tensors: Sequence[torch.Tensor], *, groups: int, tp_rank: int, tp_size: int
-) -> torch.Tensor:
+def shard(weight: Weight, tensors: Sequence[torch.Tensor], *, groups: int, tp_rank: int, tp_size: int) -> torch.Tensor:
     """Full Hugging Face tensors -> this rank's part of the Megatron parameter. `groups`: query groups of the model."""
     if weight.kind == "replicated":
         return tensors[0]

@@ -64,7 +64,6 @@ class VLLMRolloutEngine:
         num_threads = torch.get_num_threads()
         self.llm = LLM(
             model=hf_model,
-            skip_tokenizer_init=True,
             dtype=dtype,
             seed=seed,
             tensor_parallel_size=self.tp_size,
@@ -96,7 +95,13 @@ class VLLMRolloutEngine:
         return groups[self.replica]
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, group_size: int, seed: int, on_finished: OnFinished
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        *,
+        group_size: int,
+        seed: int,
+        on_finished: OnFinished,
     ) -> list[RolloutGroup]:
         """Groups of the prompts placed on this replica, in the order of `prompts`.
 
@@ -243,3 +248,7 @@ class VLLMRolloutEngine:
     def stats(self) -> EngineStats:
         """What the last `generate` did."""
         return self._stats
+
+    def close(self) -> None:
+        """End the engine while its process groups still exist; it would do so at exit, when they are gone."""
+        self.engine.engine_core.shutdown()

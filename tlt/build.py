@@ -1,0 +1,202 @@
+"""RunConfig -> components. The only file that knows all classes."""
+
+import json
+import logging
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_patches import apply_patches
+from tlt import parallel as process_groups
+from tlt.config import RunConfig, check, read_hf_config, require
+from tlt.data.prompts import PromptBuilder, PromptStream, held_out_prompts
+from tlt.evaluation import Evaluation
+from tlt.interrupt import Interrupt
+from tlt.loop import Run
+from tlt.metrics import MetricsLog
+from tlt.policy.model import uses_transformer_engine
+from tlt.policy.trainer import MegatronPolicyTrainer
+from tlt.progress import Progress
+from tlt.provenance import write_run_record
+from tlt.rewards.pool import RewardPool
+from tlt.rollout.collector import RolloutCollector
+from tlt.rollout.vllm.engine import VLLMRolloutEngine
+from tlt.run_state import Checkpoints, RunState, latest_checkpoint, read_state
+from tlt.trace import Trace
+from tlt.types import Prompt, SamplingConfig
+from tlt.weight_sync.gather import PolicyWeights
+from tlt.weight_sync.sync import StreamedWeightSync
+
+logger = logging.getLogger(__name__)
+
+
+class Inputs:
+    """All that a run reads, checked before any process group or engine exists; equal on all ranks.
+
+    Raises ValueError naming the flag or file.
+    """
+
+    def __init__(self, config: RunConfig, *, world_size: int):
+        from transformers import AutoTokenizer
+
+        training, rollout = config.training, config.rollout
+        self.hf_config = read_hf_config(config.model.hf_model)
+        check(config, world_size=world_size, hf_config=self.hf_config)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model.hf_model)
+        context = rollout.max_model_len or self.hf_config["max_position_embeddings"]
+        builder = PromptBuilder(
+            config.data, tokenizer=self.tokenizer, max_prompt_tokens=context - rollout.max_response_tokens
+        )
+        self.held_out: list[Prompt] = []
+        if config.eval.num_prompts > 0:
+            self.held_out = held_out_prompts(config.eval, config.data, builder, seed=training.seed)
+        self.prompts = PromptStream(config.data, builder, seed=training.seed, held_out=self.held_out)
+        first = self.prompts.next_batch(config.rl.prompts_per_iteration)  # a prompt that is too long shows now
+        self.prompts = PromptStream(config.data, builder, seed=training.seed, held_out=self.held_out)
+        logger.info("first prompt: %r", first[0].text)
+        self.stop_token_ids = stop_token_ids(Path(config.model.hf_model), self.hf_config, self.tokenizer)
+        self.checkpoint = find_checkpoint(config)
+        self.state = RunState(fingerprint=fingerprint(config), prompt_stream=self.prompts.state_dict())
+        if self.checkpoint is not None:
+            self.state = read_state(self.checkpoint, fingerprint(config))
+            self.prompts.load_state_dict(self.state.prompt_stream)
+
+
+def fingerprint(config: RunConfig) -> dict:
+    """Settings that a resumed run shares with the one that saved."""
+    data = config.data
+    return {
+        "--seed": config.training.seed,
+        "--data-train": list(data.train),
+        "--data-weights": None if data.weights is None else list(data.weights),
+        "--data-instruction": data.instruction,
+        "--eval-num-prompts": config.eval.num_prompts,
+    }
+
+
+def find_checkpoint(config: RunConfig) -> Path | None:
+    """Checkpoint to resume from. Raises ValueError where --save already holds a run that is not resumed."""
+    training = config.training
+    found = latest_checkpoint(Path(training.load)) if training.load else None
+    if training.load and found is None:
+        logger.warning("--load %s holds no complete checkpoint: starting from --hf-model", training.load)
+    save = Path(training.save)
+    require(not save.exists() or save.is_dir(), "--save", training.save, "a folder")
+    if latest_checkpoint(save) is not None and (training.load is None or Path(training.load) != save):
+        raise ValueError(f"--save {save} already holds a run: resume it with --load {save}, or choose another folder")
+    return found
+
+
+def stop_token_ids(folder: Path, hf_config: dict, tokenizer: Any) -> list[int]:
+    """Tokens that end a response: of generation_config.json, else of config.json, else the tokenizer's."""
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.is_file() else {}
+    for value in (generation.get("eos_token_id"), hf_config.get("eos_token_id"), tokenizer.eos_token_id):
+        if value is not None:
+            return list(value) if isinstance(value, list) else [value]
+    raise ValueError(f"--hf-model {folder}: neither its configs nor its tokenizer name an end-of-sequence token")
+
+
+def build(config: RunConfig, inputs: Inputs) -> Run:
+    """Make every component, in the order in which they need each other. Collective over all ranks; all must call."""
+    interrupt = Interrupt()
+    interrupt.install()
+    patches = apply_patches()
+    parallel = process_groups.initialize(
+        config.model, timeout=timedelta(minutes=config.training.distributed_timeout_minutes)
+    )
+    save = Path(config.training.save)
+    trace = Trace(save / "trace", parallel.rank)
+    if parallel.rank == 0:
+        write_run_record(save, config, patches=patches, world_size=parallel.world_size)
+
+    sampling = SamplingConfig(
+        temperature=config.rollout.temperature, top_p=config.rollout.top_p, top_k=config.rollout.top_k,
+        max_response_tokens=config.rollout.max_response_tokens,
+    )  # fmt: skip
+    rewards = RewardPool(config.reward)
+    with trace.span("build_engine"):
+        engine = VLLMRolloutEngine(
+            config.rollout, hf_model=config.model.hf_model, dtype="bfloat16" if config.model.bf16 else "float32",
+            seed=config.training.seed, stop_token_ids=inputs.stop_token_ids, decode=inputs.tokenizer.decode,
+            should_stop=interrupt.is_requested,
+        )  # fmt: skip
+        engine.sleep()
+    with trace.span("build_policy"):
+        trainer = build_policy_trainer(config, inputs, parallel, sampling=sampling, trace=trace)
+        if inputs.checkpoint is not None:
+            trainer.load(inputs.checkpoint)
+            logger.info("resumed from %s", inputs.checkpoint)
+
+    rollouts = RolloutCollector(engine, rewards, parallel, interrupt=interrupt, trace=trace)
+    training = config.training
+    return Run(
+        config=config,
+        parallel=parallel,
+        prompts=inputs.prompts,
+        sampling=sampling,
+        rollout_engine=engine,
+        rollouts=rollouts,
+        policy_trainer=trainer,
+        weight_sync=StreamedWeightSync(trainer, engine, trace=trace),
+        evaluation=Evaluation(
+            inputs.held_out,
+            rollouts,
+            max_response_tokens=config.rollout.max_response_tokens,
+            interval=config.eval.interval,
+            train_iters=training.train_iters,
+        ),  # fmt: skip
+        checkpoints=Checkpoints(
+            save,
+            trainer=trainer,
+            parallel=parallel,
+            trace=trace,
+            interval=training.save_interval,
+            retain=training.save_retain,
+            train_iters=training.train_iters,
+        ),  # fmt: skip
+        metrics=MetricsLog(
+            save,
+            tensorboard_dir=Path(training.tensorboard_dir or save / "tensorboard"),
+            is_writer=parallel.rank == 0,
+            resumed_iteration=inputs.state.iteration,
+        ),  # fmt: skip
+        trace=trace,
+        interrupt=interrupt,
+        progress=Progress(is_shown=parallel.rank == 0),
+        state=inputs.state,
+    )
+
+
+def build_policy_trainer(
+    config: RunConfig, inputs: Inputs, parallel: process_groups.Parallel, *, sampling: SamplingConfig, trace: Trace
+) -> MegatronPolicyTrainer:
+    """The trainer, with the weights of --hf-model and its Hugging Face names."""
+
+    def weights(stage: torch.nn.Module) -> PolicyWeights:
+        return PolicyWeights(
+            stage, inputs.hf_config, parallel, transformer_engine=uses_transformer_engine(config.model)
+        )
+
+    return MegatronPolicyTrainer(
+        hf_config=inputs.hf_config,
+        model=config.model,
+        optimizer=config.optimizer,
+        rl=config.rl,
+        sampling=sampling,
+        parallel=parallel,
+        train_iters=config.training.train_iters,
+        trace=trace,
+        fill=lambda stage: weights(stage).load(Path(config.model.hf_model)),
+        hf_tensors=lambda stage: weights(stage).hf_tensors(),
+    )
+
+
+def close(run: Run) -> None:
+    """End what outlives the training loop: scoring processes, engine, files."""
+    run.rollouts.rewards.close()
+    run.metrics.close()
+    run.trace.close()
+    run.rollout_engine.close()  # last: it takes torch.distributed down with it

