@@ -49,9 +49,9 @@ def readme() -> str:
     lines = [
         "# Patches of upstream",
         "",
-        "One file each; applied by `apply_patches()` where CUDA is not available. A version or source text that a patch was",
-        "not written for stops the run. Tests in `tests/patches/` show that each bug is there unpatched, so they say when a",
-        "patch can go.",
+        "One file each; applied by `apply_patches()` where CUDA is not available. A version or source text that a",
+        "patch was not written for stops the run. Tests in `tests/patches/` show that each bug is there unpatched, so",
+        "they say when a patch can go.",
         "",
         "| name | symbol | versions | why | watch |",
         "|---|---|---|---|---|",

@@ -1,5 +1,5 @@
-"""Saving copies tensors from the device and then calls `torch.cuda.synchronize()`, which raises without CUDA. Tensors that
-are on the CPU already need no waiting for.
+"""Saving copies tensors from the device and then calls `torch.cuda.synchronize()`, which raises without CUDA. Tensors
+that are on the CPU already need no waiting for.
 
 Remove when upstream runs this on a machine without CUDA.
 """

@@ -1,5 +1,5 @@
-"""Saving a checkpoint of the same shape again reuses the plan if all ranks agree, over a tensor made with `device="cuda"`,
-which raises without CUDA. The same code runs with it on the CPU.
+"""Saving a checkpoint of the same shape again reuses the plan if all ranks agree, over a tensor made with
+`device="cuda"`, which raises without CUDA. The same code runs with it on the CPU.
 
 Remove when upstream runs this on a machine without CUDA.
 """

@@ -1,5 +1,5 @@
-"""Clipping asserts that every gradient is a `torch.cuda.FloatTensor` and makes a buffer with `device="cuda"`. The same code
-runs with both names meaning the CPU.
+"""Clipping asserts that every gradient is a `torch.cuda.FloatTensor` and makes a buffer with `device="cuda"`. The
+same code runs with both names meaning the CPU.
 
 Remove when upstream runs this on a machine without CUDA.
 """

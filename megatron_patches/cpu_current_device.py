@@ -1,4 +1,5 @@
-"""Megatron names the device of new tensors by `torch.cuda.current_device()` in about 170 places. A build of torch without
+"""Megatron names the device of new tensors by `torch.cuda.current_device()` in about 170 places. A build of torch
+without
 CUDA raises there. The CPU is the device, so it is returned. No caller on such a build can depend on the original: it
 always raises.
 
@@ -23,7 +24,24 @@ PATCH = Patch(
     versions=">=2.13,<2.14",
     target="torch.cuda:current_device",
     source_sha256=("6e9804168a5c",),
-    reason="torch.cuda.current_device raises where torch is built without CUDA; Megatron allocates every buffer on what it returns",
-    upstream="https://github.com/NVIDIA/Megatron-LM/issues",
+    reason="torch.cuda.current_device raises where torch is built without CUDA; Megatron allocates every
+    buffer
+   
+    on
+
+
+
+ 
+  
+   
+
+
+
+ 
+  
+   
+    what it returns", upstream="https://github.com/NVIDIA/Megatron-LM/issues",
+   
+   
     make=make,
 )

@@ -1,5 +1,5 @@
-"""The fp32 optimizer keeps a loss scale of 1 in a tensor made with `device="cuda"`, which raises without CUDA. The same code
-runs with it on the CPU.
+"""The fp32 optimizer keeps a loss scale of 1 in a tensor made with `device="cuda"`, which raises without CUDA. The
+same code runs with it on the CPU.
 
 Remove when upstream runs this on a machine without CUDA.
 """

@@ -1,5 +1,5 @@
-"""The global gradient norm is gathered in tensors made with `device="cuda"`, which raises without CUDA. The same code runs
-with them on the CPU.
+"""The global gradient norm is gathered in tensors made with `device="cuda"`, which raises without CUDA. The same code
+runs with them on the CPU.
 
 Remove when upstream runs this on a machine without CUDA.
 """

@@ -1,5 +1,5 @@
-"""Where neither Transformer Engine nor Apex is installed, the L2 norm of a list of tensors is computed by a fallback that
-returns a tensor made with `device="cuda"`. The same code runs with it on the CPU.
+"""Where neither Transformer Engine nor Apex is installed, the L2 norm of a list of tensors is computed by a fallback
+that returns a tensor made with `device="cuda"`. The same code runs with it on the CPU.
 
 Remove when upstream runs this on a machine without CUDA.
 """

@@ -1,5 +1,5 @@
-"""The optimizer with fp32 master weights sorts parameters by the names of CUDA's tensor types and raises TypeError for any
-other. The same code runs with those names meaning the CPU's types.
+"""The optimizer with fp32 master weights sorts parameters by the names of CUDA's tensor types and raises TypeError
+for any other. The same code runs with those names meaning the CPU's types.
 
 Remove when upstream runs this on a machine without CUDA.
 """

@@ -1,5 +1,5 @@
-"""With variable sequence lengths, stages first send each other shapes and then call `torch.cuda.synchronize()` against a
-race of NCCL, which raises without CUDA. Gloo's receives are complete when waited for, so there is nothing to
+"""With variable sequence lengths, stages first send each other shapes and then call `torch.cuda.synchronize()`
+against a race of NCCL, which raises without CUDA. Gloo's receives are complete when waited for, so there is nothing to
 synchronise.
 
 Remove when upstream runs this on a machine without CUDA.

@@ -1,4 +1,5 @@
-"""Dropout and initialisation fork a named CUDA generator per tensor-parallel rank. Without CUDA no state can be added and
+"""Dropout and initialisation fork a named CUDA generator per tensor-parallel rank. Without CUDA no state can be added
+and
 `fork` raises. A null context is right where nothing is drawn inside: this project trains with dropout 0 and loads its
 weights, and `policy/model.py` sets both.
 

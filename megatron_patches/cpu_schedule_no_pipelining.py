@@ -1,5 +1,5 @@
-"""The schedule without pipeline stages keeps its token count in a tensor made with `device="cuda"`, which raises without
-CUDA. The same code runs with that tensor on the CPU.
+"""The schedule without pipeline stages keeps its token count in a tensor made with `device="cuda"`, which raises
+without CUDA. The same code runs with that tensor on the CPU.
 
 Remove when upstream runs this on a machine without CUDA.
 """

@@ -1,5 +1,5 @@
-"""The 1F1B schedule keeps its token count in a tensor made with `device="cuda"`, which raises without CUDA. The same code
-runs with that tensor on the CPU.
+"""The 1F1B schedule keeps its token count in a tensor made with `device="cuda"`, which raises without CUDA. The same
+code runs with that tensor on the CPU.
 
 Remove when upstream runs this on a machine without CUDA.
 """

@@ -1,5 +1,5 @@
-"""With tied embeddings and pipeline stages, first and last stage all-reduce their copies after `weight.data.cuda()`, which
-raises without CUDA. During this call `Tensor.cuda` returns the tensor itself: it is where it belongs.
+"""With tied embeddings and pipeline stages, first and last stage all-reduce their copies after `weight.data.cuda()`,
+which raises without CUDA. During this call `Tensor.cuda` returns the tensor itself: it is where it belongs.
 
 Remove when upstream runs this on a machine without CUDA.
 """

@@ -41,7 +41,8 @@ class Patch:
         return owner, attribute
 
     def apply(self) -> bool:
-        """Replace the symbol; False if it already was. Raises where the patch was not written for what is installed."""
+        """Replace the symbol; False if it already was. Raises where the patch was not written for what is
+        installed."""
         owner, attribute = self._owner()
         original = getattr(owner, attribute)
         if getattr(original, "__patch__", None) == self.name:

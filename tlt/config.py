@@ -1,4 +1,4 @@
-"""Configuration: one frozen dataclass per component. Fields become flags (see arguments.py); docstrings are their help.
+"""Configuration: one frozen dataclass per component. Fields become flags (arguments.py), docstrings their help.
 
 Groups without a prefix use Megatron's own flag names and meanings.
 """
@@ -25,8 +25,8 @@ class TrainingConfig:
     save: str
     """Folder of the run: checkpoints, metrics.jsonl, trace/, tensorboard/ and run.json are written here."""
     load: str | None = None
-    """Folder of a run to resume from (its latest complete checkpoint); None starts from --hf-model. Resumes nothing and
-    starts afresh, saying so, if the folder has no checkpoint yet."""
+    """Folder of a run to resume from (its latest complete checkpoint); None starts from --hf-model. Resumes nothing
+    and starts afresh, saying so, if the folder has no checkpoint yet."""
     save_interval: int = 0
     """Iterations between checkpoints; 0 saves only at the end and when interrupted."""
     save_retain: int = 2
@@ -132,7 +132,8 @@ class RLConfig:
     optimizer_steps: int = 1
     """Optimizer steps of one iteration; its groups are split evenly over them."""
     advantage_std: bool = True
-    """Divide a group's centred rewards by their standard deviation (GRPO); --no-rl-advantage-std leaves them (Dr.GRPO)."""
+    """Divide a group's centred rewards by their standard deviation (GRPO); --no-rl-advantage-std leaves them
+    (Dr.GRPO)."""
     loss_aggregation: Literal["token-mean", "sequence-mean-token-mean", "dr-grpo"] = "token-mean"
     """Denominator of the loss: all response tokens (DAPO); each response's own length, then the mean over responses
     (GRPO); --rollout-max-response-tokens times the number of responses (Dr.GRPO)."""
@@ -152,7 +153,8 @@ class RLConfig:
     """Cap of exp(old logprob - rollout logprob), which corrects the mismatch of trainer and engine (truncated
     importance sampling); None does not correct."""
     drop_equal_groups: bool = False
-    """Leave out groups whose rewards are all equal: they have no gradient (DAPO's dynamic sampling, without refill)."""
+    """Leave out groups whose rewards are all equal: they have no gradient (DAPO's dynamic sampling, without
+    refill)."""
 
     def __post_init__(self):
         for flag in ("prompts_per_iteration", "group_size", "optimizer_steps"):
@@ -181,7 +183,8 @@ class RolloutConfig:
     """Flags --rollout-*: the vLLM engines colocated with the policy ranks."""
 
     tensor_parallel_size: int = 1
-    """Ranks of one rollout replica, independent of the policy's layout; divides the world size and the model's heads."""
+    """Ranks of one rollout replica, independent of the policy's layout; divides the world size and the model's
+    heads."""
     temperature: float = 1.0
     """Temperature that responses are sampled and trained at."""
     top_p: float = 1.0
@@ -252,8 +255,8 @@ class EvalConfig:
     """Flags --eval-*: held-out problems, answered greedily."""
 
     sources: tuple[str, ...] | None = None
-    """Sources of held-out problems, written as in --data-train; None holds out problems of --data-train. Training never
-    draws a problem whose question is held out."""
+    """Sources of held-out problems, written as in --data-train; None holds out problems of --data-train. Training
+    never draws a problem whose question is held out."""
     num_prompts: int = 64
     """Held-out problems; 0 turns evaluation off."""
     interval: int = 0

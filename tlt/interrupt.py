@@ -7,7 +7,7 @@ from types import FrameType
 logger = logging.getLogger(__name__)
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - an event, not an error
     """A signal asked the run to stop; raised on every rank at the same point of the loop."""
 
 

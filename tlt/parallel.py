@@ -51,8 +51,8 @@ class Parallel:
 def initialize(model: ModelConfig, *, timeout: timedelta) -> Parallel:
     """Set up torch.distributed (env://, unless there is a world already) and Megatron's groups.
 
-    Tensor-parallel ranks are neighbours, then data-parallel ones; pipeline stages are farthest apart (Megatron's order).
-    Collective over all ranks; all must call.
+    Tensor-parallel ranks are neighbours, then data-parallel ones; pipeline stages are farthest apart (Megatron's
+    order). Collective over all ranks; all must call.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")

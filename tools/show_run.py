@@ -27,7 +27,8 @@ def summary(folder: Path) -> str:
             f"held-out greedy accuracy: {before:.3f} before, {after:.3f} after {last['iteration']} iterations "
             f"({100 * (after - before):+.1f} points, {first['eval/num_prompts']:.0f} problems)",
             f"rollout, logprobs, update and sync: {seconds:.0f} s",
-            f"files: {folder}/metrics.jsonl, {folder}/run.json, {folder}/trace/, {folder}/tensorboard/, {folder}/iter_*/",
+            f"files: {folder}/metrics.jsonl, {folder}/run.json, {folder}/trace/, "
+            f"{folder}/tensorboard/, {folder}/iter_*/",
         ]
     )
 

@@ -89,7 +89,8 @@ class PromptStream:
                     token_ids=prompt.token_ids, text=prompt.text, answer=prompt.answer,
                 )  # fmt: skip
         raise ValueError(
-            f"--data-train {source.name}: {MAX_DRAWS} problems in a row are held out; hold out fewer (--eval-num-prompts)"
+            f"--data-train {source.name}: {MAX_DRAWS} problems in a row are held out; "
+            "hold out fewer (--eval-num-prompts)"
         )
 
     def state_dict(self) -> dict:

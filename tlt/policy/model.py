@@ -1,6 +1,7 @@
 """Megatron GPTModel from a Hugging Face config: Llama, Qwen2/2.5 and Qwen3 dense.
 
-Shapes: T packed tokens, N response tokens, H hidden, V_tp vocabulary shard. Megatron's activations are [T, 1, H]; converted here.
+Shapes: T packed tokens, N response tokens, H hidden, V_tp vocabulary shard. Megatron's activations are [T, 1, H];
+converted here.
 """
 
 import importlib.util
@@ -89,10 +90,10 @@ def transformer_config(hf_config: dict, model: ModelConfig) -> TransformerConfig
         # Losses arrive normalised over the whole optimizer step (rl/train_batch.py): Megatron must sum, not average.
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_gpu,
-        perform_initialization=True,  # overwritten by what is loaded, but it marks sharded parameters for the gradient norm
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
+        perform_initialization=True,  # overwritten by what is loaded, but it marks sharded parameters for the
+       
+        gradient
+        norm gradient_accumulation_fusion=False, masked_softmax_fusion=False, bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,

@@ -157,7 +157,8 @@ class MegatronPolicyTrainer:
             yield from zip(micro_batches, collected, strict=True)
 
     def _optimizer_step(self, micro_batches: list[PackedMicroBatch]) -> tuple[MetricSums, float]:
-        """Gradients of all micro-batches, one step of the optimizer; this rank's metrics and the global gradient norm."""
+        """Gradients of all micro-batches, one step of the optimizer; this rank's metrics and the global gradient
+        norm."""
 
         def loss(micro_batch: PackedMicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, MetricSums]:
             outputs = self._outputs(logits, micro_batch)

@@ -63,7 +63,8 @@ def policy_loss(
 
 
 def kl_penalty(logprobs_N: torch.Tensor, ref_logprobs_N: torch.Tensor, estimator: str) -> torch.Tensor:
-    """Per-token estimate of KL(policy || reference) from tokens of the policy (Schulman, "Approximating KL divergence").
+    """Per-token estimate of KL(policy || reference) from tokens of the policy (Schulman, "Approximating KL
+    divergence").
 
     With d = logprob - ref_logprob: k1 = d; k2 = d^2 / 2; k3 = exp(-d) - 1 + d.
     """

@@ -54,7 +54,8 @@ def pack(
     """Lay sequences end to end.
 
     No sequences at all give one of two tokens without response, so that a rank without work still takes part in every
-    collective. T is filled up to a multiple of `multiple` (sequence parallelism) by one more sequence without response.
+    collective. T is filled up to a multiple of `multiple` (sequence parallelism) by one more sequence without
+    response.
     """
     token_ids: list[int] = []
     cu_seqlens, predicting, targets = [0], [], []

@@ -1,7 +1,7 @@
 """Which Megatron parameter is which Hugging Face tensors, and how it is laid out over tensor-parallel ranks.
 
-Pure functions of names and tensors; one table serves loading, weight sync and conversion. Shapes: H hidden, F feed-forward
-width, V vocabulary, D head dimension.
+Pure functions of names and tensors; one table serves loading, weight sync and conversion. Shapes: H hidden, F
+feed-forward width, V vocabulary, D head dimension.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 
 Kind = Literal["replicated", "column", "row", "gate_up", "qkv"]
-"""How a parameter is sharded: not at all; rows (output features); columns (input features); rows of gate and of up, laid
-one behind the other on each rank; whole query groups, each its query heads, then key, then value."""
+"""How a parameter is sharded: not at all; rows (output features); columns (input features); rows of gate and of up,
+laid one behind the other on each rank; whole query groups, each its query heads, then key, then value."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Weight:
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     stage_layer: int
-    """Layer whose pipeline stage owns it: -1 is the first stage (embedding), num_layers the last (norm, output layer)."""
+    """Layer whose pipeline stage owns it: -1 is the first stage (embedding), num_layers the last (norm, output
+    layer)."""
 
 
 def weight_table(hf_config: dict, *, transformer_engine: bool) -> list[Weight]:

@@ -17,7 +17,8 @@ class StreamedWeightSync:
     def push(self, *, policy_version: int) -> dict[str, float]:
         """Make the engine's target model the policy of `policy_version`; afterwards the engine has the device.
 
-        Raises RuntimeError where the engine holds other values than the policy. Collective over all ranks; all must call.
+        Raises RuntimeError where the engine holds other values than the policy. Collective over all ranks; all must
+        call.
         """
         begin_s = time.perf_counter()
         with self.trace.span("weight_sync", policy_version=policy_version):

@@ -1,4 +1,5 @@
-"""RolloutEngine on vLLM: one in-process engine per rank, tensor-parallel over neighbouring ranks of the torchrun world."""
+"""RolloutEngine on vLLM: one in-process engine per rank, tensor-parallel over neighbouring ranks of the torchrun
+world."""
 
 import logging
 import os
@@ -234,7 +235,8 @@ class VLLMRolloutEngine:
             raise RuntimeError(f"after the weight sync the engine holds other values than the policy: {errors}")
 
     def sleep(self) -> None:
-        """Free weights and KV cache on GPU (the next sync sends all weights); a CPU shares one memory: nothing moves."""
+        """Free weights and KV cache on GPU (the next sync sends all weights); a CPU shares one memory: nothing
+        moves."""
         if self.on_gpu and not self.is_asleep:
             self.llm.sleep(level=2)
         self.is_asleep = True

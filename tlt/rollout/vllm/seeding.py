@@ -2,9 +2,10 @@
 
 vLLM samples a token for a row even where the row's prompt is only partly prefilled (chunked prefill, or a preempted
 request coming back), discards it, and takes the draw back by moving the row's generator back by one offset. A CPU
-generator has no offset: the engine stops with "CPU Generator does not use offset". The fix keeps such rows' generators out
-of the batch while it samples: the discarded token is drawn from the process's own generator and nothing needs taking back.
-On GPU upstream's way works and is left alone.
+generator has no offset: the engine stops with "CPU Generator does not use offset". The fix keeps such rows'
+generators out
+of the batch while it samples: the discarded token is drawn from the process's own generator and nothing needs taking
+back. On GPU upstream's way works and is left alone.
 
 Remove when upstream restores the state of a CPU generator. Watch https://github.com/vllm-project/vllm/issues
 """
@@ -37,7 +38,7 @@ PATCH = Patch(
     versions=">=0.32,<0.33",
     target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
     source_sha256=("047e6a4738de",),
-    reason="a seeded request that is preempted or prefilled in chunks crashes: its CPU generator has no offset to rewind",
+    reason="a seeded request that is preempted or prefilled in chunks crashes: a CPU generator has no offset to rewind",
     upstream="https://github.com/vllm-project/vllm/issues",
     make=make,
 )
