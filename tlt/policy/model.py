@@ -90,10 +90,11 @@ def transformer_config(hf_config: dict, model: ModelConfig) -> TransformerConfig
         # Losses arrive normalised over the whole optimizer step (rl/train_batch.py): Megatron must sum, not average.
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_gpu,
-        perform_initialization=True,  # overwritten by what is loaded, but it marks sharded parameters for the
-       
-        gradient
-        norm gradient_accumulation_fusion=False, masked_softmax_fusion=False, bias_activation_fusion=False,
+        # Every weight is loaded, but initialisation marks sharded parameters, and the gradient norm needs the marks.
+        perform_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,

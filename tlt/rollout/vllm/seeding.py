@@ -38,7 +38,7 @@ PATCH = Patch(
     versions=">=0.32,<0.33",
     target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
     source_sha256=("047e6a4738de",),
-    reason="a seeded request that is preempted or prefilled in chunks crashes: a CPU generator has no offset to rewind",
+    reason="a seeded request that is preempted or prefilled in chunks crashes: a CPU generator cannot be rewound",
     upstream="https://github.com/vllm-project/vllm/issues",
     make=make,
 )
