@@ -24,24 +24,7 @@ PATCH = Patch(
     versions=">=2.13,<2.14",
     target="torch.cuda:current_device",
     source_sha256=("6e9804168a5c",),
-    reason="torch.cuda.current_device raises where torch is built without CUDA; Megatron allocates every
-    buffer
-   
-    on
-
-
-
- 
-  
-   
-
-
-
- 
-  
-   
-    what it returns", upstream="https://github.com/NVIDIA/Megatron-LM/issues",
-   
-   
+    reason="torch.cuda.current_device, which names the device of every buffer, raises where torch has no CUDA",
+    upstream="https://github.com/NVIDIA/Megatron-LM/issues",
     make=make,
 )

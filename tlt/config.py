@@ -197,6 +197,10 @@ class RolloutConfig:
     """Context length in tokens (prompt and response); None takes the model's own."""
     max_num_seqs: int = 64
     """Requests of one engine that decode at the same time."""
+    max_num_batched_tokens: int | None = None
+    """Tokens of one engine step (longer prompts are prefilled in chunks); None takes vLLM's own."""
+    num_gpu_blocks_override: int | None = None
+    """Blocks of the KV cache; None sizes it by memory (GPU fraction, or --rollout-kv-cache-gib)."""
     gpu_memory_utilization: float = 0.5
     """Fraction of GPU memory for weights and KV cache of the engine (GPU)."""
     kv_cache_gib: int = 1

@@ -25,7 +25,8 @@ def _rank_main(rank, fn, world_size, folder, args):
         Path(folder, f"{time.time_ns()}-rank{rank}").write_text(traceback.format_exc())
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # an engine that was closed has taken it down
+            dist.destroy_process_group()
 
 
 def run_ranks(fn, world_size: int, *args) -> None:

@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 
 STOP_CHECK_STEPS = 8
 """Engine steps between two agreements of a replica's ranks on whether to stop."""
+EMBEDDING = "model.embed_tokens.weight"
 SYNCS_PER_FULL_CHECK = 8
-"""Each weight sync reads back one weight in this many, another share each time."""
+"""Each weight sync reads back the embedding and one weight in this many, another share each time."""
 
 
 def set_engine_environment(config: RolloutConfig) -> None:
@@ -71,6 +72,8 @@ class VLLMRolloutEngine:
             distributed_executor_backend="external_launcher",
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            num_gpu_blocks_override=config.num_gpu_blocks_override,
             gpu_memory_utilization=config.gpu_memory_utilization,
             enforce_eager=config.enforce_eager or not self.on_gpu,
             enable_sleep_mode=self.on_gpu,
@@ -210,22 +213,33 @@ class VLLMRolloutEngine:
 
         def stream() -> Iterator[tuple[str, torch.Tensor]]:
             for index, (name, tensor) in enumerate(named_tensors):
-                if (index + policy_version) % SYNCS_PER_FULL_CHECK == 0:
+                if name == EMBEDDING or (index + policy_version) % SYNCS_PER_FULL_CHECK == 0:
                     sample[name] = tensor.clone()
                 yield name, tensor
 
         num_threads = torch.get_num_threads()
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
         torch.set_num_threads(num_threads)
+        self._renew_tied_output_layer()
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("the engine still holds blocks of unfinished requests: its prefix cache was not reset")
         self.check_weights(sample)
         self.policy_version = policy_version
 
     @torch.inference_mode()
+    def _renew_tied_output_layer(self) -> None:
+        """vLLM's reload skips a tied output layer, which on CPU computes with a packed copy of the old embedding."""
+        model = self.runner.get_model()
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+    @torch.inference_mode()
     def check_weights(self, sent: dict[str, torch.Tensor]) -> None:
         """Raise RuntimeError where the live engine's part of a weight is not what was sent."""
         model = self.runner.get_model()
+        if model.config.tie_word_embeddings and EMBEDDING in sent:
+            sent = sent | {"lm_head.weight": sent[EMBEDDING]}
         errors = [
             readback.mismatch(model, name, tensor, tp_rank=self.tp_rank, tp_size=self.tp_size)
             for name, tensor in sent.items()

@@ -27,7 +27,7 @@ def mismatch(model: nn.Module, name: str, sent: torch.Tensor, *, tp_rank: int, t
     if own in ("embed_tokens", "lm_head"):
         begin, end = module.shard_indices.org_vocab_start_index, module.shard_indices.org_vocab_end_index
         expected = sent[begin:end]
-        live = _columns(module, sent.shape[1])
+        live = module.weight.data[: end - begin] if own == "embed_tokens" else _columns(module, sent.shape[1])
     elif own in ROW_PARALLEL:
         expected = sent.chunk(tp_size, dim=1)[tp_rank]
         live = _columns(module, expected.shape[1])
@@ -58,12 +58,13 @@ def _rows_of(sent: torch.Tensor, rows: int, tp_rank: int, tp_size: int) -> torch
 
 
 def _columns(module: nn.Module, width: int) -> dict[int, torch.Tensor]:
-    """Some columns of a linear layer's or embedding's live weight, by column index: [rows] each."""
+    """Some columns of a linear layer's weight as it computes with it, by column index: [rows] each.
+
+    The layer's parameter is not looked at: on CPU it is gone, or stays behind when what it computes with is a packed copy.
+    """
     columns = sorted({round(step * (width - 1) / (COLUMNS_READ - 1)) for step in range(COLUMNS_READ)})
-    weight = module.weight
-    if weight.numel() > 0:
-        return {column: weight.data[:, column] for column in columns}
-    probes = torch.zeros(len(columns), width, dtype=weight.dtype, device=weight.device)
+    parameter = next(module.parameters())
+    probes = torch.zeros(len(columns), width, dtype=parameter.dtype, device=parameter.device)
     for row, column in enumerate(columns):
         probes[row, column] = 1.0
     outputs = module.quant_method.apply(module, probes, None)

@@ -1,0 +1,59 @@
+"""A rollout engine of a tiny model inside a rank of tests/distributed/ranks.py."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_patches import apply_patches
+from tlt.config import RolloutConfig
+from tlt.rollout.vllm.engine import VLLMRolloutEngine
+from tlt.types import Prompt, Rollout, RolloutGroup, SamplingConfig
+
+EOS = 258  # <|im_end|> of tests/tiny_models.py
+
+
+def make_engine(
+    folder: Path, *, dtype: str = "float32", should_stop: Callable[[], bool] = lambda: False, **config
+) -> VLLMRolloutEngine:
+    """Collective over all ranks; all must call."""
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")  # the world exists already: nothing listens there
+    apply_patches()
+    return VLLMRolloutEngine(
+        RolloutConfig(**{"max_num_seqs": 8, "max_model_len": 256, **config}),
+        hf_model=str(folder),
+        dtype=dtype,
+        seed=0,
+        stop_token_ids=[EOS],
+        decode=lambda ids: " ".join(map(str, ids)),
+        should_stop=should_stop,
+    )
+
+
+def make_prompts(num: int, length: int = 12) -> list[Prompt]:
+    return [
+        Prompt(
+            prompt_id=f"p/{i}",
+            source="p",
+            token_ids=tuple(3 + (7 * i + 5 * t) % 250 for t in range(length + i)),
+            text="",
+            answer={},
+        )
+        for i in range(num)
+    ]
+
+
+def generate(
+    engine: VLLMRolloutEngine, prompts: list[Prompt], sampling: SamplingConfig, *, group_size: int = 2, seed: int = 1
+) -> list[RolloutGroup]:
+    return engine.generate(
+        prompts, sampling, group_size=group_size, seed=seed, on_finished=lambda prompt, sample, rollout: None
+    )
+
+
+def tokens(groups: list[RolloutGroup]) -> dict[str, list[tuple[int, ...]]]:
+    return {group.prompt.prompt_id: [rollout.token_ids for rollout in group.rollouts] for group in groups}
+
+
+def all_rollouts(groups: list[RolloutGroup]) -> list[tuple[Prompt, Rollout]]:
+    return [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
