@@ -20,6 +20,7 @@ CPU_PATCHES = (
     "cpu_mixed_precision_optimizer",
     "cpu_master_weights",
     "cpu_distributed_optimizer",
+    "cpu_distributed_checkpoint",
     "cpu_tied_embedding",
     "cpu_checkpoint_preload",
     "cpu_checkpoint_verify",

@@ -4,22 +4,8 @@ which raises without CUDA. During this call `Tensor.cuda` returns the tensor its
 Remove when upstream runs this on a machine without CUDA.
 """
 
-import torch
-
+from megatron_patches.cpu_torch import with_cuda_as_identity
 from megatron_patches.patch import Patch
-
-
-def make(original):
-    def setup_embeddings_and_output_layer(self) -> None:
-        upstream = torch.Tensor.cuda
-        torch.Tensor.cuda = lambda tensor: tensor  # patched: upstream moves the weight to CUDA
-        try:
-            original(self)
-        finally:
-            torch.Tensor.cuda = upstream
-
-    return setup_embeddings_and_output_layer
-
 
 PATCH = Patch(
     name="cpu_tied_embedding",
@@ -29,5 +15,5 @@ PATCH = Patch(
     source_sha256=("005bdd3315b0",),
     reason="tied embeddings on several pipeline stages are moved by Tensor.cuda() before their all-reduce",
     upstream="https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/models/common/language_module/language_module.py",
-    make=make,
+    make=with_cuda_as_identity,
 )

@@ -72,3 +72,19 @@ def on_cpu(original: Callable) -> Callable:
     )
     copy.__kwdefaults__ = inner.__kwdefaults__
     return functools.update_wrapper(copy, inner)
+
+
+def with_cuda_as_identity(original: Callable) -> Callable:
+    """The same call, during which `tensor.cuda()` returns the tensor itself and `device="cuda"` means the CPU."""
+    rebound = on_cpu(original)
+
+    @functools.wraps(original)
+    def wrapped(*args, **kwargs):
+        upstream = torch.Tensor.cuda
+        torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+        try:
+            return rebound(*args, **kwargs)
+        finally:
+            torch.Tensor.cuda = upstream
+
+    return wrapped

@@ -60,7 +60,8 @@ def _rows_of(sent: torch.Tensor, rows: int, tp_rank: int, tp_size: int) -> torch
 def _columns(module: nn.Module, width: int) -> dict[int, torch.Tensor]:
     """Some columns of a linear layer's weight as it computes with it, by column index: [rows] each.
 
-    The layer's parameter is not looked at: on CPU it is gone, or stays behind when what it computes with is a packed copy.
+    The layer's parameter is not looked at: on CPU it is gone, or stays behind when what it computes with is a packed
+    copy.
     """
     columns = sorted({round(step * (width - 1) / (COLUMNS_READ - 1)) for step in range(COLUMNS_READ)})
     parameter = next(module.parameters())

@@ -1,0 +1,118 @@
+"""pretrain_rl.py as a user runs it: what it writes, how it resumes, how it dies, how it refuses."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from tests.e2e import runs
+
+pytestmark = [pytest.mark.engine, pytest.mark.megatron]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_models, tmp_path_factory):
+    """Folder of a run of 4 iterations that nothing disturbed."""
+    save = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = runs.start(runs.flags(tiny_models["llama"], save))
+    output = runs.finish(process)
+    assert process.returncode == 0, output[-3000:]
+    return save
+
+
+def test_a_run_leaves_metrics_trace_record_and_checkpoint(undisturbed):
+    records = runs.records(undisturbed)
+    assert [record["iteration"] for record in records] == [0, 1, 2, 3, 4]
+    assert "eval/greedy_accuracy" in records[0]
+    assert "eval/greedy_accuracy" in records[4]
+    # fp32 trainer and engine: logprobs of the same policy
+    assert all(record["policy/logprob_diff_max"] < 2e-3 for record in records[1:])
+    run = json.loads((undisturbed / "run.json").read_text())["starts"][0]
+    assert run["packages"]["megatron-core"] == "0.16.1"
+    assert "cpu_rng_fork" in run["patches"]
+    for rank in (0, 1):
+        for name in ("rollout", "reward", "rollout_exchange", "update", "weight_sync"):
+            assert runs.spans(undisturbed, name, rank) >= 4, name
+    assert sorted(path.name for path in undisturbed.glob("iter_*")) == ["iter_0000003", "iter_0000004"]
+    assert (undisturbed / "latest_checkpointed_iteration.txt").read_text().strip() == "4"
+    assert list((undisturbed / "tensorboard").iterdir())
+
+
+def test_kills_in_rollout_update_and_save_lose_at_most_the_current_iteration(tiny_models, undisturbed, tmp_path):
+    """One run, killed three times by SIGKILL of all its processes, must end with the undisturbed run's metrics."""
+    save = tmp_path / "run"
+    arguments = runs.flags(tiny_models["llama"], save)
+
+    process = runs.start(arguments)  # evaluation, then iteration 1; killed while iteration 2 rolls out
+    runs.wait_until(lambda: (save / "iter_0000001").exists(), process)
+    time.sleep(0.1)
+    runs.kill(process)
+    process.wait()
+    assert len(runs.records(save)) <= 2
+
+    process = runs.start(arguments)
+    exchanges = runs.spans(save, "rollout_exchange")
+    runs.wait_until(lambda: runs.spans(save, "rollout_exchange") > exchanges, process)
+    runs.kill(process)  # iteration 2 has its rollouts and is being updated
+    process.wait()
+    assert not (save / "iter_0000002").exists()
+
+    process = runs.start(arguments)
+    runs.wait_until(lambda: (save / "iter_0000003.tmp").exists(), process)
+    runs.kill(process)  # iteration 3 is being saved
+    process.wait()
+    assert not (save / "iter_0000003" / "run_state.json").exists() or not (save / "iter_0000003.tmp").exists()
+
+    process = runs.start(arguments)
+    output = runs.finish(process)
+    assert process.returncode == 0, output[-3000:]
+    assert runs.records(save) == runs.records(undisturbed), "resume = no resume, to the last bit"
+    assert not list(save.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_last_complete_iteration_and_ends(tiny_models, tmp_path, number):
+    save = tmp_path / "run"
+    process = runs.start(runs.flags(tiny_models["llama"], save, save_interval=0, train_iters=1000, eval_num_prompts=0))
+    runs.wait_until(lambda: len(runs.records(save)) >= 3, process)
+    os.kill(process.pid, number)
+    runs.finish(process, timeout_s=60)
+    (checkpoint,) = [path for path in save.glob("iter_*") if path.suffix != ".tmp"]
+    last = runs.records(save)[-1]["iteration"]
+    assert int(checkpoint.name.removeprefix("iter_")) == last
+    assert json.loads((checkpoint / "run_state.json").read_text())["iteration"] == last
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_ranks"),
+    [
+        ({"tensor_model_parallel_size": 2, "rollout_tensor_parallel_size": 1}, 2),
+        ({"pipeline_model_parallel_size": 2, "rollout_tensor_parallel_size": 2}, 2),
+    ],
+)
+def test_layouts_of_policy_and_rollout_are_independent(tiny_models, undisturbed, tmp_path, layout, num_ranks):
+    save = tmp_path / "run"
+    process = runs.start(runs.flags(tiny_models["llama"], save, train_iters=1, **layout), num_ranks)
+    output = runs.finish(process)
+    assert process.returncode == 0, output[-3000:]
+    got, expected = runs.records(save)[1], runs.records(undisturbed)[1]
+    # The same rollouts (fp32, the same seeds), the same update: sums in another order
+    for name in ("rl/reward", "policy/entropy", "policy/grad_norm", "rollout/response_tokens_mean"):
+        assert got[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+def test_bad_input_ends_both_ranks_within_seconds_with_one_line(tiny_models, tmp_path):
+    begin_s = time.monotonic()
+    process = runs.start(runs.flags(tiny_models["llama"], tmp_path / "run", data_train="reasoning-gym:chain_summ"))
+    output = runs.finish(process, timeout_s=60)
+    assert process.returncode != 0
+    errors = [line for line in output.splitlines() if line.startswith("pretrain_rl.py: error:")]
+    assert errors == [
+        "pretrain_rl.py: error: --data-train: reasoning-gym has no task 'chain_summ'; close to it: "
+        + errors[0].rpartition(": ")[2]
+    ]
+    assert "chain_sum" in errors[0]
+    assert time.monotonic() - begin_s < 40  # imports and torchrun, on two cores that may be shared
+    assert not (tmp_path / "run").exists()
