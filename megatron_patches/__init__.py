@@ -21,6 +21,7 @@ CPU_PATCHES = (
     "cpu_master_weights",
     "cpu_distributed_optimizer",
     "cpu_distributed_checkpoint",
+    "cpu_distributed_step",
     "cpu_tied_embedding",
     "cpu_checkpoint_preload",
     "cpu_checkpoint_verify",

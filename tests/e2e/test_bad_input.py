@@ -41,7 +41,7 @@ def test_the_valid_configuration_passes(tiny_models, tmp_path, monkeypatch):
         ({"tensor_model_parallel_size": 2, "world_size": 3}, ["divisor of the world size (3 ranks)", "got 2"]),
         ({"rollout_tensor_parallel_size": 4}, ["--rollout-tensor-parallel-size", "got 4", "(2 ranks)"]),
         ({"rollout_max_response_tokens": 600}, ["--rollout-max-response-tokens", "600", "context length of 512"]),
-        ({"rollout_max_model_len": 40}, ["prompt reasoning-gym:chain_sum/", "tokens", "at most 16"]),
+        ({"rollout_max_model_len": 136}, ["prompt reasoning-gym:chain_sum/", "tokens", "at most 16"]),
         ({"rollout_temperature": 0}, ["--rollout-temperature", "above 0"]),
         ({"data_train": "gsm8k"}, ["--data-train", "gsm8k", "jsonl:<file>"]),
         ({"data_train": 'reasoning-gym:chain_sum:{"terms": 2}'}, ["--data-train", "terms"]),

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MegatronModule
 
@@ -28,6 +30,7 @@ def load_policy(
     folder: Path, model: MegatronModule, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
 ) -> None:
     """Read what `save_policy` wrote, at this layout. Collective over all ranks; all must call."""
+    _begin_adam_state(optimizer)
     model_state = model.sharded_state_dict()
     state = {
         "model": model_state,
@@ -38,3 +41,19 @@ def load_policy(
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
+
+
+def _begin_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW the state of step 0, which the distributed optimizer asks for before it loads another.
+
+    Only where neither Transformer Engine nor Apex brings an AdamW of its own, which do so themselves.
+    """
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        if not isinstance(part, DistributedOptimizer) or not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+            continue
+        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+            if not inner.state[parameter]:
+                inner.state[parameter].update(
+                    step=torch.zeros(()), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+                )

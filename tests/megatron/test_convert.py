@@ -1,0 +1,81 @@
+"""Conversion both ways: HF -> mcore -> HF is bit-exact whatever the layouts, and refuses to overwrite."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_models import write_tiny_model
+from tlt.weight_sync.gather import HfDirectory
+
+pytestmark = pytest.mark.megatron
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def run(tool: str, *arguments: object, num_ranks: int = 1) -> subprocess.CompletedProcess:
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"] if num_ranks > 1 else []
+    )
+    return subprocess.run(
+        [sys.executable, *launcher, str(TOOLS / tool), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "there", "back"),
+    [
+        ("llama", torch.bfloat16, (1, 2), (1, 1)),
+        ("qwen2", torch.float32, (2, 1), (1, 1)),
+        ("qwen3", torch.float32, (1, 1), (2, 1)),
+    ],
+)
+def test_there_and_back_is_bit_exact(tmp_path, kind, dtype, there, back):
+    (tmp_path / "hf").mkdir()
+    source = write_tiny_model(kind, tmp_path / "hf", dtype=dtype)
+
+    def layout(sizes):
+        return ["--tensor-model-parallel-size", sizes[0], "--pipeline-model-parallel-size", sizes[1]]
+
+    def num_ranks(sizes):
+        return sizes[0] * sizes[1]
+
+    first = run(
+        "convert_hf_to_mcore.py", "--hf-model", source, "--save", tmp_path / "run", *layout(there),
+        num_ranks=num_ranks(there),
+    )  # fmt: skip
+    assert first.returncode == 0, first.stderr[-2000:]
+    arguments = ["--load", tmp_path / "run", "--hf-model", source, "--out", tmp_path / "out", *layout(back)]
+    second = run("convert_mcore_to_hf.py", *arguments, num_ranks=num_ranks(back))
+    assert second.returncode == 0, second.stderr[-2000:]
+
+    original, result = HfDirectory(source).owner, HfDirectory(tmp_path / "out").owner
+    assert sorted(result) == sorted(original)
+    for name in original:
+        sent, got = original[name].get_tensor(name), result[name].get_tensor(name)
+        assert got.dtype == sent.dtype
+        assert torch.equal(got, sent), name
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = torch.arange(3, 40)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (source, tmp_path / "out")]
+    assert torch.equal(*logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_bad_arguments_are_refused(tiny_models, tmp_path):
+    (tmp_path / "run" / "iter_0000000").mkdir(parents=True)
+    again = run("convert_hf_to_mcore.py", "--hf-model", tiny_models["llama"], "--save", tmp_path / "run")
+    assert again.returncode == 2
+    assert "--save" in again.stderr
+    nothing = run(
+        "convert_mcore_to_hf.py", "--load", tmp_path, "--hf-model", tiny_models["llama"], "--out", tmp_path / "out"
+    )
+    assert nothing.returncode == 2
+    assert "--load" in nothing.stderr

@@ -1,0 +1,88 @@
+"""Megatron checkpoint (torch_dist, written at any parallel layout) -> Hugging Face directory."""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
+from tools.single_process import layout_flags, start_layout  # noqa: E402
+
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def find_checkpoint(load: Path) -> Path:
+    """The folder itself, or a run's newest checkpoint. Raises ValueError where there is none."""
+    if (load / "metadata.json").is_file():
+        return load
+    found = sorted(path for path in load.glob("iter_*") if (path / "metadata.json").is_file() and not path.suffix)
+    if not found:
+        raise ValueError(f"--load must be a checkpoint or a run folder with iter_* in it, got {load}")
+    return found[-1]
+
+
+def convert(load: Path, hf_model: Path, out: Path, *, tp: int, pp: int) -> None:
+    """Write `out` with the weights of the checkpoint and the config and tokenizer of `hf_model`.
+
+    Collective over all ranks; all must call.
+    """
+    from megatron.core import dist_checkpointing
+    from safetensors.torch import save_file
+
+    from tlt.config import read_hf_config, require
+    from tlt.policy.model import build_policy_model, uses_transformer_engine
+    from tlt.weight_sync.gather import PolicyWeights
+
+    hf_config = read_hf_config(str(hf_model))
+    require(not out.exists(), "--out", str(out), "a folder that does not exist yet")
+    checkpoint = find_checkpoint(load)
+    parallel, model = start_layout(hf_model, hf_config, tp=tp, pp=pp)
+    stage = build_policy_model(hf_config, model, parallel)
+    state = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(checkpoint))
+    stage.load_state_dict(state["model"])
+    weights = PolicyWeights(stage, hf_config, parallel, transformer_engine=uses_transformer_engine(model))
+    tensors = {name: tensor.clone().cpu() for name, tensor in weights.hf_tensors()}
+    if parallel.rank == 0:
+        partial = out.with_name(out.name + ".tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(tensors, str(partial / "model.safetensors"), metadata={"format": "pt"})
+        for pattern in COPIED:
+            for path in hf_model.glob(pattern):
+                shutil.copy(path, partial / path.name)
+        partial.rename(out)
+        print(f"wrote {out} from {checkpoint}")
+    parallel.barrier()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--load", type=Path, required=True, help="checkpoint (iter_*) or run folder (its newest)")
+    parser.add_argument("--hf-model", type=Path, required=True, help="directory whose config and tokenizer to take")
+    parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
+    layout_flags(parser)
+    args = parser.parse_args()
+    try:
+        convert(
+            args.load,
+            args.hf_model,
+            args.out,
+            tp=args.tensor_model_parallel_size,
+            pp=args.pipeline_model_parallel_size,
+        )
+    except ValueError as error:
+        print(f"convert_mcore_to_hf.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
