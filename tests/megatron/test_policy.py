@@ -178,7 +178,7 @@ def _saves_and_loads(rank: int, world_size: int, folder: Path, checkpoint: Path,
         else:
             saved_metrics, saved_weights = torch.load(expected)
             tolerance = case["tolerance"]
-            assert metrics == pytest.approx(saved_metrics, rel=tolerance, abs=tolerance)
+            assert metrics == pytest.approx(saved_metrics, rel=tolerance, abs=tolerance), (metrics, saved_metrics)
             for name, tensor in weights.items():
                 torch.testing.assert_close(tensor, saved_weights[name], rtol=0, atol=tolerance)
 

@@ -1,5 +1,6 @@
 """The policy's tensors in Megatron's torch_dist format, which loads at any parallel layout."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -40,20 +41,29 @@ def load_policy(
     state = dist_checkpointing.load(state, str(folder))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    _own_adam_steps(optimizer)
     scheduler.load_state_dict(state["scheduler"])
 
 
-def _begin_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW the state of step 0, which the distributed optimizer asks for before it loads another.
-
-    Only where neither Transformer Engine nor Apex brings an AdamW of its own, which do so themselves.
-    """
+def _adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, dict]]:
+    """(parameter, state) of torch's AdamW inside a distributed optimizer; nothing where a fused one is installed."""
     for part in optimizer.chained_optimizers:
         inner = part.optimizer
-        if not isinstance(part, DistributedOptimizer) or not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
-            continue
-        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
-            if not inner.state[parameter]:
-                inner.state[parameter].update(
-                    step=torch.zeros(()), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
-                )
+        if isinstance(part, DistributedOptimizer) and isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+            for group in inner.param_groups:
+                yield from ((parameter, inner.state[parameter]) for parameter in group["params"])
+
+
+def _begin_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give AdamW the state of step 0, which the distributed optimizer asks for before it loads another."""
+    for parameter, state in _adam_states(optimizer):
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+
+
+def _own_adam_steps(optimizer: MegatronOptimizer) -> None:
+    """Give each parameter a step count of its own again: loading leaves one tensor in all of them, which every
+    parameter's update would then advance."""
+    for _, state in _adam_states(optimizer):
+        state["step"] = state["step"].clone()

@@ -1,0 +1,74 @@
+"""Prompts: held-out problems are never drawn, the order is resumable, mixtures keep their weights."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from tlt.config import DataConfig, EvalConfig
+from tlt.data.prompts import PromptBuilder, PromptStream, held_out_prompts
+from tlt.data.source import question_key
+
+SMALL = 'reasoning-gym:chain_sum:{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'
+
+
+def make(tokenizer, *, train=(SMALL,), weights=None, num_held_out=64, seed=1, chat_template=True):
+    data = DataConfig(train=train, weights=weights, instruction=" Answer only.", chat_template=chat_template)
+    builder = PromptBuilder(data, tokenizer=tokenizer, max_prompt_tokens=400)
+    held_out = held_out_prompts(EvalConfig(num_prompts=num_held_out), data, builder, seed=seed)
+    return PromptStream(data, builder, seed=seed, held_out=held_out), held_out
+
+
+def test_training_never_draws_a_held_out_question(tokenizer):
+    # 200 problems in all: 64 are held out, and 3,000 draws see every other one
+    stream, held_out = make(tokenizer)
+    assert len({question_key(prompt.text) for prompt in held_out}) == 64
+    drawn = {question_key(prompt.text) for prompt in stream.next_batch(3000)}
+    assert not drawn & {question_key(prompt.text) for prompt in held_out}
+    assert len(drawn) == 136
+
+
+def test_a_source_that_is_held_out_whole_is_an_error(tokenizer):
+    stream, held_out = make(tokenizer, num_held_out=200)
+    assert len(held_out) == 200
+    with pytest.raises(ValueError, match="--eval-num-prompts"):
+        stream.next_batch(1)
+
+
+def test_the_order_goes_on_where_it_was_saved(tokenizer):
+    straight, _ = make(tokenizer)
+    expected = straight.next_batch(30)
+    first, _ = make(tokenizer)
+    first.next_batch(11)
+    second, _ = make(tokenizer)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.next_batch(19) == expected[11:]
+
+
+def test_seeds_give_different_prompts_and_ids_are_unique(tokenizer):
+    one, two = make(tokenizer, seed=1)[0].next_batch(300), make(tokenizer, seed=2)[0].next_batch(300)
+    assert [prompt.text for prompt in one] != [prompt.text for prompt in two]
+    assert len({prompt.prompt_id for prompt in one}) == 300
+
+
+def test_mixtures_keep_their_weights(tokenizer):
+    stream, _ = make(tokenizer, train=(SMALL, "reasoning-gym:gcd"), weights=(3.0, 1.0))
+    counts = Counter(prompt.source for prompt in stream.next_batch(1000))
+    assert counts["reasoning-gym:chain_sum"] == pytest.approx(750, abs=60)  # 4.4 standard deviations of 13.7
+
+
+def test_the_prompt_is_the_chat_template_of_question_and_instruction(tokenizer):
+    prompt = make(tokenizer)[0].next_batch(1)[0]
+    text = tokenizer.decode(list(prompt.token_ids))
+    assert text == f"<|im_start|>user\n{prompt.text} Answer only.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_jsonl_epoch_has_each_problem_once_and_repeats_in_another_order(tokenizer, tmp_path):
+    path = tmp_path / "p.jsonl"
+    rows = [{"question": f"What is {i} + {i}?", "answer": f"so\n#### {2 * i}"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    stream, _ = make(tokenizer, train=(f"jsonl:{path}",), num_held_out=0)
+    first, second = ([prompt.text for prompt in stream.next_batch(20)] for _ in range(2))
+    assert sorted(first) == sorted(second) == sorted(row["question"] for row in rows)
+    assert first != second
+    assert stream.next_batch(1)[0].answer["gold"].isdigit()
