@@ -13,5 +13,6 @@ bash tools/setup_env.sh
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/codespell" --toml pyproject.toml
+"$venv/bin/mypy" --no-error-summary
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$venv/bin/python" -m pytest -m "$marks" "$@"

@@ -38,7 +38,7 @@ def reduce_metrics(own: MetricSums, group: dist.ProcessGroup) -> MetricSums:
 
     Collective over `group`; all ranks must call.
     """
-    records: list[MetricSums | None] = [None] * dist.get_world_size(group)
+    records = [MetricSums()] * dist.get_world_size(group)
     dist.all_gather_object(records, own, group=group)
     total = MetricSums()
     for record in records:
@@ -51,7 +51,6 @@ class MetricsLog:
 
     def __init__(self, folder: Path, *, tensorboard_dir: Path, is_writer: bool, resumed_iteration: int):
         self.path = folder / "metrics.jsonl"
-        self.is_writer = is_writer
         self.tensorboard = None
         if not is_writer:
             return
@@ -72,7 +71,7 @@ class MetricsLog:
 
     def log(self, iteration: int, metrics: dict[str, float], *, train_iters: int) -> None:
         """One object of metrics.jsonl, one TensorBoard step, one log line. JSON has no NaN: such a value is null."""
-        if not self.is_writer:
+        if self.tensorboard is None:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self.path.open("a") as file:

@@ -1,0 +1,122 @@
+"""Flags and config are the same thing twice; metrics and traces survive what happens to runs."""
+
+import json
+import math
+
+import pytest
+
+from tlt.arguments import build_parser, parse, to_flags
+from tlt.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RLConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainingConfig,
+    check,
+)
+from tlt.metrics import MetricsLog, MetricSums
+from tlt.trace import Trace
+
+REQUIRED = ["--hf-model", "m", "--save", "s", "--data-train", "a", "b"]
+HF = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 6,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+}
+
+
+def test_config_to_flags_to_config_is_the_same():
+    config = RunConfig(
+        training=TrainingConfig(save="out", seed=7, dry_run=True),
+        model=ModelConfig(hf_model="m", bf16=False, recompute_granularity="full"),
+        optimizer=OptimizerConfig(lr=3e-4, lr_decay_style="cosine"),
+        rl=RLConfig(dual_clip=3.0, importance_sampling_cap=1.5, advantage_std=False, loss_aggregation="dr-grpo"),
+        rollout=RolloutConfig(temperature=0.9, max_model_len=512),
+        data=DataConfig(train=("reasoning-gym:gcd", "jsonl:x"), weights=(1.0, 2.5), instruction="\nThink."),
+        eval=EvalConfig(sources=("reasoning-gym:lcm",)),
+        reward=RewardConfig(workers=3),
+    )
+    assert parse(to_flags(config), "") == config
+
+
+def test_every_flag_has_a_sentence():
+    for action in build_parser("")._actions:
+        assert action.help, action.option_strings
+        assert len(action.help) > 15, action.option_strings
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--rl-group-size", "0"], "--rl-group-size must be at least 1, got 0"),
+        (["--rl-optimizer-steps", "9"], "--rl-optimizer-steps must be at most --rl-prompts-per-iteration"),
+        (["--rl-kl-estimator", "k4"], "--rl-kl-estimator"),
+        (["--rollout-top-p", "0"], "--rollout-top-p must be in (0, 1], got 0.0"),
+        (["--data-weights", "1"], "--data-weights must be one number per source"),
+        (["--data-weights", "1", "-1"], "--data-weights must be positive numbers"),
+        (["--sequence-parallel"], "--sequence-parallel must be off"),
+        (["--min-lr", "1"], "--min-lr must be at most --lr"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--rl-group-siz", "2"], "--rl-group-siz"),
+    ],
+)
+def test_a_bad_flag_is_named(flags, part):
+    with pytest.raises(ValueError, match=".") as caught:
+        parse([*REQUIRED, *flags], "")
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "part"),
+    [
+        (["--tensor-model-parallel-size", "3"], 3, "8 attention heads"),
+        (["--tensor-model-parallel-size", "8"], 8, "4 key-value heads"),
+        (["--pipeline-model-parallel-size", "4"], 4, "6 layers"),
+        (["--tensor-model-parallel-size", "2"], 3, "world size (3 ranks)"),
+        (["--rollout-tensor-parallel-size", "2"], 3, "world size (3 ranks)"),
+        (["--rollout-max-response-tokens", "128"], 1, "context length of 128"),
+        (["--rollout-max-model-len", "129"], 1, "context of 128"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(flags, world_size, part):
+    defaults = ["--rollout-max-response-tokens", "16"]
+    with pytest.raises(ValueError, match=".") as caught:
+        check(parse([*REQUIRED, *defaults, *flags], ""), world_size=world_size, hf_config=HF)
+    assert part in str(caught.value)
+    assert flags[0] in str(caught.value)
+
+
+def test_means_are_sums_over_counts_and_maxima_are_maxima():
+    total = MetricSums(sums={"a": 1.0}, counts={"a": 1.0}, maxima={"m": -3.0})
+    total.add(MetricSums(sums={"a": 5.0, "b": 2.0}, counts={"a": 2.0, "b": 0.0}, maxima={"m": -7.0}))
+    total.add(MetricSums())
+    assert total.values() == {"a": 2.0, "b": 0.0, "m": -3.0}
+
+
+def test_metrics_beyond_the_resumed_iteration_are_cut_and_nan_is_null(tmp_path):
+    log = MetricsLog(tmp_path, tensorboard_dir=tmp_path / "tb", is_writer=True, resumed_iteration=0)
+    for iteration in (1, 2, 3):
+        log.log(iteration, {"rl/reward": math.nan if iteration == 2 else 0.5}, train_iters=3)
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "rl/rew')  # a kill in the middle of a line
+    MetricsLog(tmp_path, tensorboard_dir=tmp_path / "tb", is_writer=True, resumed_iteration=2).close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records == [{"iteration": 1, "rl/reward": 0.5}, {"iteration": 2, "rl/reward": None}]
+
+
+def test_a_span_that_ends_by_an_exception_is_written_with_its_type(tmp_path):
+    trace = Trace(tmp_path, rank=3)
+    with trace.span("outer", iteration=1), pytest.raises(ZeroDivisionError), trace.span("inner"):
+        _ = 1 / 0
+    trace.close()
+    inner, outer = (json.loads(line) for line in (tmp_path / "rank3.jsonl").read_text().splitlines())
+    assert (inner["name"], inner["error"]) == ("inner", "ZeroDivisionError")
+    assert (outer["name"], outer["iteration"], outer["rank"]) == ("outer", 1, 3)
+    assert outer["begin_s"] <= inner["begin_s"] <= inner["end_s"] <= outer["end_s"]
