@@ -10,6 +10,8 @@ logger = logging.getLogger(__name__)
 CPU_PATCHES = (
     "cpu_current_device",
     "cpu_rng_fork",
+    "cpu_rng_get",
+    "cpu_rng_set",
     "cpu_schedule_no_pipelining",
     "cpu_schedule_pipelining",
     "cpu_pipeline_shapes",

@@ -23,6 +23,7 @@ def make_trainer(
     pp: int = 1,
     bf16: bool = False,
     max_tokens: int = 4096,
+    recompute: str = "none",
     rl: RLConfig | None = None,
     optimizer: OptimizerConfig | None = None,
     sampling: SamplingConfig | None = None,
@@ -32,6 +33,7 @@ def make_trainer(
     model = ModelConfig(
         hf_model=str(folder), tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, bf16=bf16,
         max_tokens_per_micro_batch=max_tokens,
+        recompute_granularity=recompute,
     )  # fmt: skip
     hf_config = json.loads((folder / "config.json").read_text())
     parallel = process_groups.initialize(model, timeout=timedelta(seconds=120))

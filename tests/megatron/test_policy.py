@@ -71,6 +71,7 @@ def _train(rank: int, world_size: int, folder: Path, out: Path, case: dict) -> N
         tp=case.get("tp", 1),
         pp=case.get("pp", 1),
         max_tokens=case.get("max_tokens", 4096),
+        recompute=case.get("recompute", "none"),
         rl=rl,
         sampling=SamplingConfig(temperature=0.9, top_k=case.get("top_k", 0), max_response_tokens=64),
         optimizer=OptimizerConfig(
@@ -107,6 +108,8 @@ def one_rank(tiny_models, tmp_path_factory):
         (4, {"tp": 2, "pp": 2, "max_tokens": 60}),
         (4, {"tp": 2}),
         (2, {"use_distributed_optimizer": True}),
+        (1, {"recompute": "selective"}),
+        (1, {"recompute": "full"}),
         (8, {}),  # more ranks than sequences: some have none
     ],
 )
