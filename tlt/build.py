@@ -84,7 +84,9 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         logger.warning("--load %s holds no complete checkpoint: starting from --hf-model", training.load)
     save = Path(training.save)
     require(not save.exists() or save.is_dir(), "--save", training.save, "a folder")
-    if latest_checkpoint(save) is not None and (training.load is None or Path(training.load) != save):
+    if latest_checkpoint(save) is not None and (
+        training.load is None or Path(training.load).resolve() != save.resolve()
+    ):
         raise ValueError(f"--save {save} already holds a run: resume it with --load {save}, or choose another folder")
     return found
 

@@ -30,7 +30,7 @@ class Evaluation:
         """Accuracy (share of rewards equal to 1) and lengths. Collective over all ranks; all must call."""
         if not self.is_due(iteration):
             return {}
-        with self.collector.trace.span("evaluation", iteration=iteration):
+        with self.collector.trace.span("evaluation", iteration=iteration), self.collector.interrupt.held():
             groups, _ = self.collector.collect(self.prompts, self.sampling, group_size=1, seed=0)
         lengths = [len(group.rollouts[0].token_ids) for group in groups]
         return {

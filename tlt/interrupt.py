@@ -2,6 +2,8 @@
 
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 logger = logging.getLogger(__name__)
@@ -16,6 +18,7 @@ class Interrupt:
 
     def __init__(self):
         self.requested = False
+        self.is_held = False
 
     def install(self) -> None:
         """Catch SIGINT and SIGTERM of this process from here on."""
@@ -28,4 +31,15 @@ class Interrupt:
         logger.warning("%s: stopping; the last complete iteration will be saved", signal.Signals(number).name)
 
     def is_requested(self) -> bool:
-        return self.requested
+        """Whether a rollout should be left now."""
+        return self.requested and not self.is_held
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Finish what is inside before stopping: the policy is ahead of the last complete iteration here, so leaving
+        would save weights of one iteration under the number of another."""
+        self.is_held = True
+        try:
+            yield
+        finally:
+            self.is_held = False

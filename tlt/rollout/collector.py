@@ -60,7 +60,7 @@ class RolloutCollector:
             stats=self.engine.stats(),
             begin_s=begin_s,
             end_s=end_s,
-            interrupted=self.interrupt.requested,
+            interrupted=self.interrupt.is_requested(),
         )
         with self.trace.span("rollout_exchange"):
             reports = self.parallel.all_gather_objects(report)
