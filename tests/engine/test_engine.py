@@ -172,7 +172,8 @@ def _replicas(rank: int, world_size: int, folder: Path, expected_file: Path, tp_
     else:
         expected = torch.load(expected_file)
         assert own == {name: expected[name] for name in own}
-        assert len(own) == (5 if tp_size == 2 else 3 - rank)
+        num_replicas = world_size // tp_size
+        assert sorted(own) == [f"p/{i}" for i in range(5) if i % num_replicas == rank // tp_size]
         assert engine.is_replica_leader == (rank % tp_size == 0)
     engine.close()
 
@@ -182,3 +183,4 @@ def test_replicas_and_tensor_parallel_ranks_give_the_tokens_of_one_engine(tiny_m
     run_ranks(_replicas, 1, tiny_models["qwen2"], expected, 1)
     run_ranks(_replicas, 2, tiny_models["qwen2"], expected, 1)
     run_ranks(_replicas, 2, tiny_models["qwen2"], expected, 2)
+    run_ranks(_replicas, 4, tiny_models["qwen2"], expected, 2)
