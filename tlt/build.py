@@ -10,8 +10,9 @@ import torch
 
 from megatron_patches import apply_patches
 from tlt import parallel as process_groups
-from tlt.config import RunConfig, check, read_hf_config, require
-from tlt.data.prompts import PromptBuilder, PromptStream, held_out_prompts
+from tlt.config import ModelConfig, OptimizerConfig, RolloutConfig, RunConfig, check, read_hf_config, require
+from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions, held_out_prompts
+from tlt.data.source import question_key
 from tlt.evaluation import Evaluation
 from tlt.interrupt import Interrupt
 from tlt.loop import Run
@@ -21,7 +22,10 @@ from tlt.policy.trainer import MegatronPolicyTrainer
 from tlt.progress import Progress
 from tlt.provenance import write_run_record
 from tlt.rewards.pool import RewardPool
+from tlt.rl.losses import Objective, PolicyObjective
 from tlt.rollout.collector import RolloutCollector
+from tlt.rollout.groups import GroupSampler
+from tlt.rollout.log import RolloutLog
 from tlt.rollout.vllm.engine import VLLMRolloutEngine
 from tlt.run_state import Checkpoints, RunState, latest_checkpoint, read_state
 from tlt.trace import Trace
@@ -49,12 +53,16 @@ class Inputs:
         builder = PromptBuilder(
             config.data, tokenizer=self.tokenizer, max_prompt_tokens=context - rollout.max_response_tokens
         )
+        excluded = excluded_questions(config.data.exclude or ())
         self.held_out: list[Prompt] = []
         if config.eval.num_prompts > 0:
-            self.held_out = held_out_prompts(config.eval, config.data, builder, seed=training.seed)
-        self.prompts = PromptStream(config.data, builder, seed=training.seed, held_out=self.held_out)
+            self.held_out = held_out_prompts(
+                config.eval, config.data, builder, seed=training.seed, excluded=excluded
+            )  # fmt: skip
+        excluded |= {question_key(prompt.text) for prompt in self.held_out}
+        self.prompts = PromptStream(config.data, builder, seed=training.seed, excluded=excluded)
         first = self.prompts.next_batch(config.rl.prompts_per_iteration)  # a prompt that is too long shows now
-        self.prompts = PromptStream(config.data, builder, seed=training.seed, held_out=self.held_out)
+        self.prompts = PromptStream(config.data, builder, seed=training.seed, excluded=excluded)
         logger.info("first prompt: %r", first[0].text)
         self.stop_token_ids = stop_token_ids(Path(config.model.hf_model), self.hf_config, self.tokenizer)
         self.checkpoint = find_checkpoint(config)
@@ -72,6 +80,7 @@ def fingerprint(config: RunConfig) -> dict:
         "--data-train": list(data.train),
         "--data-weights": None if data.weights is None else list(data.weights),
         "--data-instruction": data.instruction,
+        "--data-exclude": list(data.exclude or ()),
         "--eval-num-prompts": config.eval.num_prompts,
     }
 
@@ -114,26 +123,25 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
     if parallel.rank == 0:
         write_run_record(save, config, patches=patches, world_size=parallel.world_size)
 
-    sampling = SamplingConfig(
-        temperature=config.rollout.temperature, top_p=config.rollout.top_p, top_k=config.rollout.top_k,
-        max_response_tokens=config.rollout.max_response_tokens,
-    )  # fmt: skip
+    sampling = training_distribution(config.rollout)
     rewards = RewardPool(config.reward)
     with trace.span("build_engine"):
-        engine = VLLMRolloutEngine(
-            config.rollout, hf_model=config.model.hf_model, dtype="bfloat16" if config.model.bf16 else "float32",
-            seed=config.training.seed, stop_token_ids=inputs.stop_token_ids, decode=inputs.tokenizer.decode,
-            should_stop=interrupt.is_requested,
-        )  # fmt: skip
+        engine = build_engine(config, inputs, interrupt)
         engine.sleep()
     with trace.span("build_policy"):
-        trainer = build_policy_trainer(config, inputs, parallel, sampling=sampling, trace=trace)
+        trainer = build_policy_trainer(
+            inputs.hf_config, config.model, config.optimizer, parallel, objective=PolicyObjective(config.rl),
+            sampling=sampling, train_iters=config.training.train_iters, trace=trace,
+        )  # fmt: skip
         if inputs.checkpoint is not None:
             trainer.load(inputs.checkpoint)
             logger.info("resumed from %s", inputs.checkpoint)
 
     rollouts = RolloutCollector(engine, rewards, parallel, interrupt=interrupt, trace=trace)
     training = config.training
+    rollout_log = RolloutLog(
+        save / "rollouts", interval=config.rollout.save_interval, is_writer=parallel.rank == 0
+    )  # fmt: skip
     return Run(
         config=config,
         parallel=parallel,
@@ -141,12 +149,16 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
         sampling=sampling,
         rollout_engine=engine,
         rollouts=rollouts,
+        group_sampler=GroupSampler(inputs.prompts, rollouts, sampling, rl=config.rl, seed=training.seed),
+        rollout_log=rollout_log,
         policy_trainer=trainer,
         weight_sync=StreamedWeightSync(trainer, engine, trace=trace),
         evaluation=Evaluation(
             inputs.held_out,
             rollouts,
-            max_response_tokens=config.rollout.max_response_tokens,
+            sampling=sampling,
+            num_samples=config.eval.num_samples,
+            rollout_log=rollout_log,
             interval=config.eval.interval,
             train_iters=training.train_iters,
         ),  # fmt: skip
@@ -159,12 +171,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             retain=training.save_retain,
             train_iters=training.train_iters,
         ),  # fmt: skip
-        metrics=MetricsLog(
-            save,
-            tensorboard_dir=Path(training.tensorboard_dir or save / "tensorboard"),
-            is_writer=parallel.rank == 0,
-            resumed_iteration=inputs.state.iteration,
-        ),  # fmt: skip
+        metrics=build_metrics_log(config, inputs, parallel),
         trace=trace,
         interrupt=interrupt,
         progress=Progress(is_shown=parallel.rank == 0),
@@ -172,26 +179,59 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
     )
 
 
+def training_distribution(rollout: RolloutConfig) -> SamplingConfig:
+    """What responses are sampled from and trained on."""
+    return SamplingConfig(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_response_tokens=rollout.max_response_tokens,
+    )
+
+
+def build_metrics_log(config: RunConfig, inputs: Inputs, parallel: process_groups.Parallel) -> MetricsLog:
+    """Written by rank 0."""
+    save = Path(config.training.save)
+    return MetricsLog(
+        save,
+        tensorboard_dir=Path(config.training.tensorboard_dir or save / "tensorboard"),
+        is_writer=parallel.rank == 0,
+        resumed_iteration=inputs.state.iteration,
+    )
+
+
+def build_engine(config: RunConfig, inputs: Inputs, interrupt: Interrupt) -> VLLMRolloutEngine:
+    """This rank's engine. Collective over all ranks; all must call."""
+    return VLLMRolloutEngine(
+        config.rollout,
+        hf_model=config.model.hf_model,
+        dtype="bfloat16" if config.model.bf16 else "float32",
+        seed=config.training.seed,
+        stop_token_ids=inputs.stop_token_ids,
+        decode=inputs.tokenizer.decode,
+        should_stop=interrupt.is_requested,
+    )
+
+
 def build_policy_trainer(
-    config: RunConfig, inputs: Inputs, parallel: process_groups.Parallel, *, sampling: SamplingConfig, trace: Trace
-) -> MegatronPolicyTrainer:
+    hf_config: dict, model: ModelConfig, optimizer: OptimizerConfig, parallel: process_groups.Parallel, *,
+    objective: Objective, sampling: SamplingConfig, train_iters: int, trace: Trace,
+) -> MegatronPolicyTrainer:  # fmt: skip
     """The trainer, with the weights of --hf-model and its Hugging Face names."""
 
     def weights(stage: torch.nn.Module) -> PolicyWeights:
-        return PolicyWeights(
-            stage, inputs.hf_config, parallel, transformer_engine=uses_transformer_engine(config.model)
-        )
+        return PolicyWeights(stage, hf_config, parallel, transformer_engine=uses_transformer_engine(model))
 
     return MegatronPolicyTrainer(
-        hf_config=inputs.hf_config,
-        model=config.model,
-        optimizer=config.optimizer,
-        rl=config.rl,
+        hf_config=hf_config,
+        model=model,
+        optimizer=optimizer,
+        objective=objective,
         sampling=sampling,
         parallel=parallel,
-        train_iters=config.training.train_iters,
+        train_iters=train_iters,
         trace=trace,
-        fill=lambda stage: weights(stage).load(Path(config.model.hf_model)),
+        fill=lambda stage: weights(stage).load(Path(model.hf_model)),
         hf_tensors=lambda stage: weights(stage).hf_tensors(),
     )
 

@@ -153,8 +153,15 @@ class RLConfig:
     """Cap of exp(old logprob - rollout logprob), which corrects the mismatch of trainer and engine (truncated
     importance sampling); None does not correct."""
     drop_equal_groups: bool = False
-    """Leave out groups whose rewards are all equal: they have no gradient (DAPO's dynamic sampling, without
-    refill)."""
+    """Leave out groups whose rewards are all equal: they have no gradient (DAPO's dynamic sampling)."""
+    refill_rounds: int = 0
+    """Further rounds in which new prompts are sampled in place of groups of equal reward, at most; needs
+    --rl-drop-equal-groups (DAPO's dynamic sampling)."""
+    overlong_buffer_tokens: int = 0
+    """Tokens before --rollout-max-response-tokens over which the reward falls linearly by --rl-overlong-penalty
+    (DAPO's soft overlong punishment); 0 turns it off."""
+    overlong_penalty: float = 1.0
+    """Reward lost by a response of --rollout-max-response-tokens."""
 
     def __post_init__(self):
         for flag in ("prompts_per_iteration", "group_size", "optimizer_steps"):
@@ -169,6 +176,15 @@ class RLConfig:
         require(0 <= self.clip_low <= 1, "--rl-clip-low", self.clip_low, "in [0, 1]")
         require(self.clip_high >= 0, "--rl-clip-high", self.clip_high, "at least 0")
         require(self.dual_clip is None or self.dual_clip >= 1, "--rl-dual-clip", self.dual_clip, "at least 1")
+        require(
+            self.refill_rounds == 0 or (self.refill_rounds > 0 and self.drop_equal_groups),
+            "--rl-refill-rounds",
+            self.refill_rounds,
+            "0, or above 0 together with --rl-drop-equal-groups",
+        )
+        for flag in ("overlong_buffer_tokens", "overlong_penalty"):
+            value = getattr(self, flag)
+            require(value >= 0, "--rl-" + flag.replace("_", "-"), value, "at least 0")
         require(self.kl_coef >= 0, "--rl-kl-coef", self.kl_coef, "at least 0")
         require(
             self.importance_sampling_cap is None or self.importance_sampling_cap > 0,
@@ -205,6 +221,9 @@ class RolloutConfig:
     """Fraction of GPU memory for weights and KV cache of the engine (GPU)."""
     kv_cache_gib: int = 1
     """GiB of host memory for the KV cache of each rank's engine (CPU)."""
+    save_interval: int = 0
+    """Iterations between which all responses with their probabilities are written to <save>/rollouts; 0 writes
+    none."""
     enforce_eager: bool = False
     """Run the engine without CUDA graphs (GPU; a CPU engine always does)."""
 
@@ -219,6 +238,7 @@ class RolloutConfig:
             "above 0: a policy gradient needs the probability of what was sampled",
         )
         require(0 < self.top_p <= 1, "--rollout-top-p", self.top_p, "in (0, 1]")
+        require(self.save_interval >= 0, "--rollout-save-interval", self.save_interval, "at least 0 iterations")
         require(self.top_k >= 0, "--rollout-top-k", self.top_k, "at least 0")
         require(
             0 < self.gpu_memory_utilization < 1,
@@ -236,7 +256,10 @@ class DataConfig:
     """Sources of training problems, each `reasoning-gym:<task>` or `reasoning-gym:<task>:<JSON configuration>` or
     `jsonl:<file>`; several are mixed by --data-weights."""
     weights: tuple[float, ...] | None = None
-    """Share of each source of --data-train (normalised); None mixes evenly."""
+    """Share of each source of --data-train (normalised), in training and among held-out problems; None mixes
+    evenly."""
+    exclude: tuple[str, ...] | None = None
+    """JSONL files whose questions are neither trained on nor held out, for instance those of a cold start."""
     instruction: str = ""
     """Text appended to every question."""
     chat_template: bool = True
@@ -256,18 +279,21 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Flags --eval-*: held-out problems, answered greedily."""
+    """Flags --eval-*: held-out problems, answered greedily and, on request, sampled as in training."""
 
     sources: tuple[str, ...] | None = None
     """Sources of held-out problems, written as in --data-train; None holds out problems of --data-train. Training
     never draws a problem whose question is held out."""
     num_prompts: int = 64
     """Held-out problems; 0 turns evaluation off."""
+    num_samples: int = 0
+    """Responses to each held-out problem sampled with the rollout's own distribution, beside the greedy one."""
     interval: int = 0
     """Iterations between evaluations; 0 evaluates before the first and after the last iteration only."""
 
     def __post_init__(self):
         require(self.num_prompts >= 0, "--eval-num-prompts", self.num_prompts, "at least 0")
+        require(self.num_samples >= 0, "--eval-num-samples", self.num_samples, "at least 0")
         require(self.interval >= 0, "--eval-interval", self.interval, "at least 0 iterations")
 
 
@@ -299,40 +325,33 @@ class RunConfig:
     reward: RewardConfig
 
 
-def check(config: RunConfig, *, world_size: int, hf_config: dict) -> None:
-    """Cross-component checks, before any process group exists. `hf_config` is the model's config.json."""
-    model, rollout = config.model, config.rollout
+def check_policy_layout(model: ModelConfig, *, world_size: int, hf_config: dict) -> None:
+    """The policy's layout against world and model. `hf_config` is the model's config.json."""
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    flag = "--tensor-model-parallel-size"
     require(
         world_size % (tp * pp) == 0,
-        "--tensor-model-parallel-size x --pipeline-model-parallel-size",
+        f"{flag} x --pipeline-model-parallel-size",
         tp * pp,
-        f"a divisor of the world size ({world_size} ranks)",
-    )
-    require(
-        world_size % rollout.tensor_parallel_size == 0,
-        "--rollout-tensor-parallel-size",
-        rollout.tensor_parallel_size,
         f"a divisor of the world size ({world_size} ranks)",
     )
     heads = hf_config["num_attention_heads"]
     kv_heads = hf_config.get("num_key_value_heads") or heads
-    layers = hf_config["num_hidden_layers"]
-    for flag, size in (
-        ("--tensor-model-parallel-size", tp),
-        ("--rollout-tensor-parallel-size", rollout.tensor_parallel_size),
-    ):
-        require(heads % size == 0, flag, size, f"a divisor of the model's {heads} attention heads")
-    require(
-        kv_heads % tp == 0, "--tensor-model-parallel-size", tp, f"a divisor of the model's {kv_heads} key-value heads"
-    )
-    require(
-        hf_config["vocab_size"] % tp == 0,
-        "--tensor-model-parallel-size",
-        tp,
-        f"a divisor of the model's vocabulary of {hf_config['vocab_size']}",
-    )
+    layers, vocabulary = hf_config["num_hidden_layers"], hf_config["vocab_size"]
+    require(heads % tp == 0, flag, tp, f"a divisor of the model's {heads} attention heads")
+    require(kv_heads % tp == 0, flag, tp, f"a divisor of the model's {kv_heads} key-value heads")
+    require(vocabulary % tp == 0, flag, tp, f"a divisor of the model's vocabulary of {vocabulary}")
     require(layers % pp == 0, "--pipeline-model-parallel-size", pp, f"a divisor of the model's {layers} layers")
+
+
+def check(config: RunConfig, *, world_size: int, hf_config: dict) -> None:
+    """Cross-component checks, before any process group exists. `hf_config` is the model's config.json."""
+    rollout = config.rollout
+    check_policy_layout(config.model, world_size=world_size, hf_config=hf_config)
+    flag, size = "--rollout-tensor-parallel-size", rollout.tensor_parallel_size
+    require(world_size % size == 0, flag, size, f"a divisor of the world size ({world_size} ranks)")
+    heads = hf_config["num_attention_heads"]
+    require(heads % size == 0, flag, size, f"a divisor of the model's {heads} attention heads")
     context = hf_config["max_position_embeddings"]
     if rollout.max_model_len is not None:
         require(
@@ -342,6 +361,12 @@ def check(config: RunConfig, *, world_size: int, hf_config: dict) -> None:
             f"at most the model's context of {context} tokens",
         )
         context = rollout.max_model_len
+    require(
+        config.rl.overlong_buffer_tokens < rollout.max_response_tokens,
+        "--rl-overlong-buffer-tokens",
+        config.rl.overlong_buffer_tokens,
+        f"below --rollout-max-response-tokens ({rollout.max_response_tokens})",
+    )
     require(
         rollout.max_response_tokens < context,
         "--rollout-max-response-tokens",

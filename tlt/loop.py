@@ -11,6 +11,8 @@ from tlt.progress import Progress
 from tlt.protocols import PolicyTrainer, PromptSource, RolloutEngine, WeightSync
 from tlt.rl.train_batch import build_train_batch
 from tlt.rollout.collector import RolloutCollector
+from tlt.rollout.groups import GroupSampler
+from tlt.rollout.log import RolloutLog
 from tlt.run_state import Checkpoints, RunState
 from tlt.trace import Trace
 from tlt.types import SamplingConfig
@@ -26,6 +28,8 @@ class Run:
     sampling: SamplingConfig
     rollout_engine: RolloutEngine
     rollouts: RolloutCollector
+    group_sampler: GroupSampler
+    rollout_log: RolloutLog
     policy_trainer: PolicyTrainer
     weight_sync: WeightSync
     evaluation: Evaluation
@@ -39,7 +43,8 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """One iteration = one rollout of `prompts_per_iteration` groups, then one policy update on exactly those rollouts.
+    """One iteration = one rollout of `prompts_per_iteration` groups, then one policy update on exactly those rollouts
+    (more groups where equal ones are refilled).
 
     When a signal arrives the last complete iteration is saved and the function returns. Collective over all ranks.
     """
@@ -50,10 +55,8 @@ def train(run: Run) -> None:
             run.metrics.log(0, run.evaluation.metrics_if_due(0), train_iters=train_iters)
         for iteration in run.progress.iterations(run.state.iteration + 1, train_iters):
             with run.trace.span("iteration", iteration=iteration):
-                prompts = run.prompts.next_batch(rl.prompts_per_iteration)
-                groups, rollout_metrics = run.rollouts.collect(
-                    prompts, run.sampling, group_size=rl.group_size, seed=run.config.training.seed + iteration
-                )
+                groups, rollout_metrics = run.group_sampler.sample(iteration)
+                run.rollout_log.write_if_due(iteration, groups)
                 run.rollout_engine.sleep()
                 batch = build_train_batch(groups, rl=rl, max_response_tokens=run.sampling.max_response_tokens)
                 policy_metrics = run.policy_trainer.train_step(batch)

@@ -87,14 +87,19 @@ class MetricsLog:
 
 
 LINE = (
+    ("policy/nll", "nll {:.3f}"),
+    ("sft/held_out_nll", "held-out nll {:.3f}"),
+    ("sft/tokens_per_s", "{:.0f} tokens/s"),
     ("rl/reward", "reward {:.3f}"),
     ("eval/greedy_accuracy", "held-out accuracy {:.3f}"),
+    ("eval/sampled_accuracy", "sampled {:.3f}"),
     ("rollout/response_tokens_mean", "response len {:.1f}"),
     ("rollout/response_tokens_max", "max {:.0f}"),
     ("rollout/duration_s", "rollout {:.1f} s"),
     ("rollout/tail_s", "tail {:.1f} s"),
     ("policy/update_s", "update {:.1f} s"),
     ("weight_sync/push_s", "sync {:.1f} s"),
+    ("rl/trained_groups", "groups {:.0f}"),
     ("policy/entropy", "entropy {:.2f}"),
     ("policy/policy_loss", "policy loss {:.2e}"),
     ("policy/logprob_diff_mean", "logprob diff {:.1e}"),

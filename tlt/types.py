@@ -49,6 +49,9 @@ class Rollout:
     """`stop` (end of sequence) or `length` (cut at the response limit or the context length)."""
     policy_version: int
     """Version of the weights that every token of the response was sampled with."""
+    entropies: tuple[float, ...] = ()  # [R], nats, of the same distribution as logprobs; empty where not recorded
+    max_probs: tuple[float, ...] = ()  # [R], largest probability: bounds a one-hot draft's acceptance
+    replica: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,11 @@ class RolloutGroup:
     rollouts: tuple[Rollout, ...]
     rewards: tuple[float, ...] | None = None
     """One per rollout; None until scored."""
+
+    @property
+    def is_equal(self) -> bool:
+        """All rewards are the same, so every advantage is 0. Of scored groups only."""
+        return min(self.rewards) == max(self.rewards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,3 +123,5 @@ class EngineStats:
     num_preemptions: int = 0
     running_requests: list[int] = field(default_factory=list)
     """Requests that ran in each engine step."""
+    step_s: list[float] = field(default_factory=list)
+    """Seconds of each engine step."""

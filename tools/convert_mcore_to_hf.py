@@ -1,22 +1,11 @@
 """Megatron checkpoint (torch_dist, written at any parallel layout) -> Hugging Face directory."""
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
 from tools.single_process import layout_flags, start_layout  # noqa: E402
-
-COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template*",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def find_checkpoint(load: Path) -> Path:
@@ -35,11 +24,11 @@ def convert(load: Path, hf_model: Path, out: Path, *, tp: int, pp: int) -> None:
     Collective over all ranks; all must call.
     """
     from megatron.core import dist_checkpointing
-    from safetensors.torch import save_file
 
     from tlt.config import read_hf_config, require
     from tlt.policy.model import build_policy_model, uses_transformer_engine
     from tlt.weight_sync.gather import PolicyWeights
+    from tlt.weight_sync.hf_directory import write_hf_directory
 
     hf_config = read_hf_config(str(hf_model))
     require(not out.exists(), "--out", str(out), "a folder that does not exist yet")
@@ -49,18 +38,9 @@ def convert(load: Path, hf_model: Path, out: Path, *, tp: int, pp: int) -> None:
     state = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(checkpoint))
     stage.load_state_dict(state["model"])
     weights = PolicyWeights(stage, hf_config, parallel, transformer_engine=uses_transformer_engine(model))
-    tensors = {name: tensor.clone().cpu() for name, tensor in weights.hf_tensors()}
+    write_hf_directory(out, weights.hf_tensors(), like=hf_model, parallel=parallel)
     if parallel.rank == 0:
-        partial = out.with_name(out.name + ".tmp")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(tensors, str(partial / "model.safetensors"), metadata={"format": "pt"})
-        for pattern in COPIED:
-            for path in hf_model.glob(pattern):
-                shutil.copy(path, partial / path.name)
-        partial.rename(out)
         print(f"wrote {out} from {checkpoint}")
-    parallel.barrier()
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from megatron_patches import apply_patches
 from tlt import parallel as process_groups
 from tlt.config import ModelConfig, OptimizerConfig, RLConfig
 from tlt.policy.trainer import MegatronPolicyTrainer
+from tlt.rl.losses import Objective, PolicyObjective
 from tlt.trace import NoTrace
 from tlt.types import SamplingConfig, TrainBatch, TrainSequence
 from tlt.weight_sync.gather import PolicyWeights
@@ -25,6 +26,7 @@ def make_trainer(
     max_tokens: int = 4096,
     recompute: str = "none",
     rl: RLConfig | None = None,
+    objective: Objective | None = None,
     optimizer: OptimizerConfig | None = None,
     sampling: SamplingConfig | None = None,
 ) -> MegatronPolicyTrainer:
@@ -45,7 +47,7 @@ def make_trainer(
         hf_config=hf_config,
         model=model,
         optimizer=optimizer or OptimizerConfig(lr=1e-3),
-        rl=rl or RLConfig(),
+        objective=objective or PolicyObjective(rl or RLConfig()),
         sampling=sampling or SamplingConfig(temperature=1.0, max_response_tokens=64),
         parallel=parallel,
         train_iters=10,

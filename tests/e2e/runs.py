@@ -1,5 +1,6 @@
 """pretrain_rl.py under torchrun on two CPU ranks with a tiny model, as a user starts it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 SUMS = 'reasoning-gym:chain_sum:{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'
@@ -68,8 +71,16 @@ def finish(process: subprocess.Popen, timeout_s: float = 200) -> str:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL for torchrun and every rank at once, as a machine that loses power."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL for torchrun and every rank at once, as a machine that loses power.
+
+    torchrun makes each rank the leader of a session of its own, so that a signal to torchrun's group misses them.
+    """
+    torchrun = psutil.Process(process.pid)
+    processes = [torchrun, *torchrun.children(recursive=True)]
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGKILL)
+    psutil.wait_procs(processes[1:], timeout=30)
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen, timeout_s: float = 150) -> None:

@@ -13,7 +13,7 @@ from tests.distributed.ranks import run_ranks
 from tests.engine.engines import EOS, all_rollouts, generate, make_engine, make_prompts, tokens
 from tests.tiny_models import write_tiny_model
 from tlt.protocols import RolloutInterrupted
-from tlt.rl.logprobs import vocab_parallel_logprobs
+from tlt.rl.logprobs import LogprobOutputs, vocab_parallel_logprobs
 from tlt.types import SamplingConfig
 from tlt.weight_sync.gather import HfDirectory
 
@@ -24,8 +24,8 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: file.get_tensor(name) for name, file in HfDirectory(folder).owner.items()}
 
 
-def hf_logprobs(folder: Path, rollouts, sampling: SamplingConfig) -> list[torch.Tensor]:
-    """Of each response's tokens, by a clean prefill in transformers, under the sampling distribution."""
+def hf_outputs(folder: Path, rollouts, sampling: SamplingConfig) -> list[LogprobOutputs]:
+    """At each response's tokens, by a clean prefill in transformers, under the sampling distribution."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -41,7 +41,7 @@ def hf_logprobs(folder: Path, rollouts, sampling: SamplingConfig) -> list[torch.
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-            ).logprobs
+            )
         )
     return results
 
@@ -61,9 +61,11 @@ def _samples_loads_and_stops(rank: int, world_size: int, folder: Path, other: Pa
         rollouts = all_rollouts(groups)
         assert [group.prompt for group in groups] == prompts
         assert {rollout.policy_version for _, rollout in rollouts} == {4}
-        for (_, rollout), expected in zip(rollouts, hf_logprobs(folder, rollouts, sampling), strict=True):
+        for (_, rollout), expected in zip(rollouts, hf_outputs(folder, rollouts, sampling), strict=True):
             # fp32 logits of another implementation: sums of 128 terms, through 4 layers
-            torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), expected.logprobs, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(torch.tensor(rollout.entropies), expected.entropy, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(torch.tensor(rollout.max_probs), expected.max_prob, rtol=1e-3, atol=1e-3)
             ended = rollout.token_ids[-1] == EOS
             assert rollout.finish_reason == ("stop" if ended else "length")
             assert EOS not in rollout.token_ids[:-1]
@@ -89,9 +91,9 @@ def _samples_loads_and_stops(rank: int, world_size: int, folder: Path, other: Pa
     rollouts = all_rollouts(after)
     assert tokens(after) != before
     for (_, rollout), expected in zip(
-        rollouts, hf_logprobs(other, rollouts, SamplingConfig(temperature=1.0, max_response_tokens=16)), strict=True
+        rollouts, hf_outputs(other, rollouts, SamplingConfig(temperature=1.0, max_response_tokens=16)), strict=True
     ):
-        torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), expected.logprobs, rtol=1e-3, atol=1e-3)
     engine.load_weights(iter(first.items()), policy_version=6)
     assert tokens(generate(engine, prompts, greedy)) == before
 

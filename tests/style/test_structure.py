@@ -34,6 +34,8 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
         "config", "evaluation", "interrupt", "metrics", "parallel", "progress", "protocols", "rl", "rollout",
         "run_state", "trace", "types",
     },
+    "workload": set(),
+    "sft": BASE | {"data", "interrupt", "metrics", "parallel", "policy", "progress", "run_state", "trace"},
     "build": None,  # knows all classes
     "__init__": set(),
 }  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 
 from tlt.config import RLConfig
 from tlt.rl.advantages import group_advantages
-from tlt.rl.train_batch import build_train_batch
+from tlt.rl.train_batch import build_train_batch, shaped_rewards
 from tlt.types import Prompt, Rollout, RolloutGroup
 
 
@@ -86,3 +86,26 @@ def test_rollouts_of_another_policy_version_are_refused():
 def test_unscored_groups_are_refused():
     with pytest.raises(RuntimeError, match="is not scored"):
         build_train_batch([group("a", [1], None)], rl=RLConfig(), max_response_tokens=5)
+
+
+def test_overlong_responses_lose_reward_linearly_in_the_buffer():
+    # limit 20, buffer 8: nothing up to 12 tokens, half the penalty at 16, all of it at 20
+    rl = RLConfig(overlong_buffer_tokens=8, overlong_penalty=0.5, advantage_std=False)
+    scored = group("a", [12, 16, 20], [1, 1, 1])
+    assert shaped_rewards(scored, rl=rl, max_response_tokens=20) == pytest.approx([1, 0.75, 0.5])
+    batch = build_train_batch([scored], rl=rl, max_response_tokens=20)
+    assert [sequence.advantage for sequence in batch.optimizer_steps[0]] == pytest.approx([0.25, 0, -0.25])
+    assert batch.metrics["rl/reward"] == 1.0, "metrics are of the task's own reward"
+
+
+def test_probabilities_of_the_engine_become_metrics():
+    rollouts = tuple(
+        Rollout(token_ids=(1,) * len(values), logprobs=(-1.0,) * len(values), text="", finish_reason="stop",
+                policy_version=0, entropies=values, max_probs=tuple(1 - value for value in values))
+        for values in ((0.5, 0.001), (0.2, 0.009, 0.29))
+    )  # fmt: skip
+    scored = RolloutGroup(prompt=group("a", [1], [1]).prompt, rollouts=rollouts, rewards=(0.0, 1.0))
+    metrics = build_train_batch([scored], rl=RLConfig(), max_response_tokens=5).metrics
+    assert metrics["rollout/entropy"] == pytest.approx(0.2)
+    assert metrics["rollout/max_prob"] == pytest.approx(0.8)
+    assert metrics["rollout/low_entropy_frac"] == pytest.approx(0.4)

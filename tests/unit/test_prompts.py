@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from tlt.config import DataConfig, EvalConfig
-from tlt.data.prompts import PromptBuilder, PromptStream, held_out_prompts
+from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions, held_out_prompts
 from tlt.data.source import question_key
 
 SMALL = 'reasoning-gym:chain_sum:{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'
@@ -16,7 +16,8 @@ def make(tokenizer, *, train=(SMALL,), weights=None, num_held_out=64, seed=1, ch
     data = DataConfig(train=train, weights=weights, instruction=" Answer only.", chat_template=chat_template)
     builder = PromptBuilder(data, tokenizer=tokenizer, max_prompt_tokens=400)
     held_out = held_out_prompts(EvalConfig(num_prompts=num_held_out), data, builder, seed=seed)
-    return PromptStream(data, builder, seed=seed, held_out=held_out), held_out
+    excluded = {question_key(prompt.text) for prompt in held_out}
+    return PromptStream(data, builder, seed=seed, excluded=excluded), held_out
 
 
 def test_training_never_draws_a_held_out_question(tokenizer):
@@ -72,3 +73,26 @@ def test_a_jsonl_epoch_has_each_problem_once_and_repeats_in_another_order(tokeni
     assert sorted(first) == sorted(second) == sorted(row["question"] for row in rows)
     assert first != second
     assert stream.next_batch(1)[0].answer["gold"].isdigit()
+
+
+def test_held_out_problems_follow_the_mixture_and_have_their_own_ids(tokenizer):
+    longer = SMALL.replace('"max_terms": 2', '"max_terms": 3').replace('"min_terms": 2', '"min_terms": 3')
+    _, held_out = make(tokenizer, train=(SMALL, longer), weights=(1.0, 3.0), num_held_out=40)
+    counts = Counter(prompt.text.count("+") + prompt.text.count("-") for prompt in held_out)
+    assert counts == {1: 10, 2: 30}
+    assert len({prompt.prompt_id for prompt in held_out}) == 40
+
+
+def test_excluded_questions_are_neither_trained_on_nor_held_out(tokenizer, tmp_path):
+    _, some = make(tokenizer, num_held_out=100)
+    path = tmp_path / "cold_start.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt.text.upper(), "response": "x"}) + "\n" for prompt in some))
+    excluded = excluded_questions([str(path)])
+    assert excluded == {question_key(prompt.text) for prompt in some}
+    data = DataConfig(train=(SMALL,), instruction=" Answer only.")
+    builder = PromptBuilder(data, tokenizer=tokenizer, max_prompt_tokens=400)
+    held_out = held_out_prompts(EvalConfig(num_prompts=64), data, builder, seed=1, excluded=excluded)
+    drawn = PromptStream(data, builder, seed=1, excluded=excluded).next_batch(1000)
+    assert not {question_key(prompt.text) for prompt in [*held_out, *drawn]} & excluded
+    with pytest.raises(ValueError, match="--data-exclude: nowhere is not a file"):
+        excluded_questions(["nowhere"])

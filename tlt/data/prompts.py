@@ -1,12 +1,14 @@
 """Training prompts in a resumable order, and the held-out prompts that training never draws."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
 from tlt.config import DataConfig, EvalConfig
-from tlt.data.source import Problem, derive_seed, parse_source, question_key
+from tlt.data.source import Problem, derive_seed, parse_question, parse_source, question_key
 from tlt.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -53,14 +55,15 @@ class PromptBuilder:
 
 
 class PromptStream:
-    """Endless training prompts: sources mixed by weight, held-out questions skipped; a function of seed and cursor."""
+    """Endless training prompts: sources mixed by weight, excluded questions (by `question_key`) skipped; a function of
+    seed and cursor."""
 
-    def __init__(self, config: DataConfig, builder: PromptBuilder, *, seed: int, held_out: Sequence[Prompt]):
+    def __init__(self, config: DataConfig, builder: PromptBuilder, *, seed: int, excluded: Set[str]):
         self.sources = [parse_source(spec, "--data-train", seed=derive_seed(seed, "train")) for spec in config.train]
         self.weights = config.weights or tuple(1.0 for _ in self.sources)
         self.builder = builder
         self.seed = seed
-        self.held_out = {question_key(prompt.text) for prompt in held_out}
+        self.excluded = excluded
         self.num_drawn = 0
         self.positions = [0] * len(self.sources)
         for source in self.sources:
@@ -81,16 +84,13 @@ class PromptStream:
             position = self.positions[index]
             self.positions[index] += 1
             problem = source.problem(position)
-            if question_key(problem.question) not in self.held_out:
+            if question_key(problem.question) not in self.excluded:
                 prompt = self.builder.build(problem, source.name)
-                # A file's problem comes once an epoch: the draw number tells its groups apart.
-                return Prompt(
-                    prompt_id=f"{self.num_drawn}:{prompt.prompt_id}", source=prompt.source,
-                    token_ids=prompt.token_ids, text=prompt.text, answer=prompt.answer,
-                )  # fmt: skip
+                # A file's problem comes once an epoch, and sources may be of one task: the draw number tells apart.
+                return replace(prompt, prompt_id=f"{self.num_drawn}:{prompt.prompt_id}")
         raise ValueError(
-            f"--data-train {source.name}: {MAX_DRAWS} problems in a row are held out; "
-            "hold out fewer (--eval-num-prompts)"
+            f"--data-train {source.name}: {MAX_DRAWS} problems in a row are held out or excluded; "
+            "hold out fewer (--eval-num-prompts) or exclude fewer (--data-exclude)"
         )
 
     def state_dict(self) -> dict:
@@ -100,24 +100,41 @@ class PromptStream:
         self.num_drawn, self.positions = state["num_drawn"], list(state["positions"])
 
 
-def held_out_prompts(eval_config: EvalConfig, data: DataConfig, builder: PromptBuilder, *, seed: int) -> list[Prompt]:
-    """`num_prompts` distinct problems, equally many of each source; fixed for the run by its seed.
+def excluded_questions(paths: Sequence[str]) -> set[str]:
+    """Keys of the questions in JSONL files. Raises ValueError naming file and line."""
+    keys = set()
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"--data-exclude: {path} is not a file")
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    keys.add(question_key(parse_question(line, f"{path}, line {number}")[1]))
+    return keys
 
-    A source with fewer distinct problems than asked for gives what it has, saying so.
+
+def held_out_prompts(
+    eval_config: EvalConfig, data: DataConfig, builder: PromptBuilder, *, seed: int, excluded: Set[str] = frozenset()
+) -> list[Prompt]:
+    """`num_prompts` distinct problems: of --eval-sources equally many each, else of --data-train by its weights.
+
+    Fixed for the run by its seed. A source with fewer distinct problems than asked for gives what it has, saying so.
     """
     specs, flag = (eval_config.sources, "--eval-sources") if eval_config.sources else (data.train, "--data-train")
+    weights = (None if eval_config.sources else data.weights) or [1.0] * len(specs)
     prompts: dict[str, Prompt] = {}
     for number, spec in enumerate(specs):
         source = parse_source(spec, flag, seed=derive_seed(seed, "held out"))
-        wanted = eval_config.num_prompts * (number + 1) // len(specs)
+        wanted = round(eval_config.num_prompts * sum(weights[: number + 1]) / sum(weights))
         num_draws = MAX_DRAWS if source.num_problems is None else source.num_problems
         for position in range(num_draws):
             if len(prompts) == wanted:
                 break
             problem = source.problem(position)
             key = question_key(problem.question)
-            if key not in prompts:
-                prompts[key] = builder.build(problem, source.name)
+            if key not in prompts and key not in excluded:
+                prompt = builder.build(problem, source.name)
+                prompts[key] = replace(prompt, prompt_id=f"held-out {len(prompts)}:{prompt.prompt_id}")
         if len(prompts) < wanted:
             logger.warning("%s %s has fewer distinct problems than --eval-num-prompts asks for", flag, spec)
     return list(prompts.values())

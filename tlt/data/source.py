@@ -133,8 +133,8 @@ def read_jsonl(path: Path, flag: str) -> list[Problem]:
     return list(problems.values())
 
 
-def parse_line(line: str, where: str, name: str) -> Problem:
-    """One JSONL object: `prompt`, `question` or `messages`, and `answer` (text or number; GSM8K's `#### 42` too)."""
+def parse_question(line: str, where: str) -> tuple[dict, str, tuple[dict, ...] | None]:
+    """(record, question, messages or None) of a JSONL object with `prompt`, `question` or `messages`."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -153,6 +153,12 @@ def parse_line(line: str, where: str, name: str) -> Problem:
         question = messages[-1]["content"]
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f'{where}: needs "prompt", "question" or "messages" with text, got keys {sorted(record)}')
+    return record, question, None if messages is None else tuple(messages)
+
+
+def parse_line(line: str, where: str, name: str) -> Problem:
+    """One JSONL object: a question and `answer` (text or number; GSM8K's `#### 42` too)."""
+    record, question, messages = parse_question(line, where)
     answer = record.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
         raise ValueError(f'{where}: needs "answer", a text or a number, got {answer!r}')
@@ -160,6 +166,6 @@ def parse_line(line: str, where: str, name: str) -> Problem:
     return Problem(
         name=name,
         question=question,
-        messages=None if messages is None else tuple(messages),
+        messages=messages,
         answer={"kind": "math", "gold": gold},
     )

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from tlt.config import ModelConfig, OptimizerConfig, RLConfig
+from tlt.config import ModelConfig, OptimizerConfig
 from tlt.metrics import MetricSums, reduce_metrics, token_sums
 from tlt.parallel import Parallel
 from tlt.policy.checkpoint import load_policy, save_policy
 from tlt.policy.model import build_policy_model, forward_packed
 from tlt.policy.optimizer import build_optimizer
 from tlt.rl.logprobs import LogprobOutputs, vocab_parallel_logprobs
-from tlt.rl.losses import policy_loss
+from tlt.rl.losses import Objective
 from tlt.rl.packing import pack, pack_train_step
 from tlt.trace import Trace
 from tlt.types import PackedMicroBatch, SamplingConfig, TrainBatch, TrainSequence
@@ -30,13 +30,13 @@ class MegatronPolicyTrainer:
     """Trains one Megatron model; `hf_tensors` names its weights, `fill` loads a stage's initial weights."""
 
     def __init__(
-        self, *, hf_config: dict, model: ModelConfig, optimizer: OptimizerConfig, rl: RLConfig,
+        self, *, hf_config: dict, model: ModelConfig, optimizer: OptimizerConfig, objective: Objective,
         sampling: SamplingConfig, parallel: Parallel, train_iters: int, trace: Trace,
         fill: Callable[[torch.nn.Module], None],
         hf_tensors: Callable[[torch.nn.Module], Iterator[tuple[str, torch.Tensor]]],
     ):  # fmt: skip
         self.model_config = model
-        self.rl = rl
+        self.objective = objective
         self.sampling = sampling
         self.parallel = parallel
         self.trace = trace
@@ -55,13 +55,17 @@ class MegatronPolicyTrainer:
             self.stage,
         )
         self.optimizer, self.scheduler = build_optimizer(
-            self.ddp, optimizer, bf16=model.bf16, steps_per_iteration=rl.optimizer_steps, train_iters=train_iters
+            self.ddp,
+            optimizer,
+            bf16=model.bf16,
+            steps_per_iteration=objective.steps_per_iteration,
+            train_iters=train_iters,
         )
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.no_sync_func = self.ddp.no_sync
         self.reference = None
-        if rl.kl_coef > 0:
+        if objective.uses_reference:
             self.reference = build_policy_model(hf_config, model, parallel).eval().requires_grad_(False)
             fill(self.reference)
         self.is_offloaded = False
@@ -97,6 +101,18 @@ class MegatronPolicyTrainer:
         metrics["policy/logprobs_s"] = logprobs_s
         metrics["policy/update_s"] = time.perf_counter() - begin_s - logprobs_s
         return metrics
+
+    def evaluate(self, sequences: Sequence[TrainSequence]) -> dict[str, float]:
+        """Mean negative log-likelihood, entropy and probability of the best token over the response tokens.
+
+        Collective over all ranks; all must call.
+        """
+        self.onload()
+        own = MetricSums()
+        for _, outputs in self._forward_only(self.ddp, self._micro_batches(tuple(sequences))):
+            if self.parallel.tp_rank == 0:
+                own.add(token_sums(nll=-outputs.logprobs, entropy=outputs.entropy, max_prob=outputs.max_prob))
+        return self._reduce(own)
 
     def _micro_batches(self, sequences: tuple[TrainSequence, ...]) -> list[PackedMicroBatch]:
         """This data-parallel rank's share of one optimizer step."""
@@ -161,9 +177,7 @@ class MegatronPolicyTrainer:
         norm."""
 
         def loss(micro_batch: PackedMicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, MetricSums]:
-            outputs = self._outputs(logits, micro_batch)
-            result = policy_loss(outputs.logprobs, outputs.entropy, micro_batch, self.rl)
-            result.metrics.add(token_sums(max_prob=outputs.max_prob))
+            result = self.objective(self._outputs(logits, micro_batch), micro_batch)
             # A token count of 0 tells Megatron that there is nothing left to divide by.
             return result.loss, torch.zeros((), dtype=torch.int, device=logits.device), result.metrics
 

@@ -1,11 +1,16 @@
-"""Policy loss of GRPO and its relatives; equations in docs/algorithm.md. Shape: N response tokens of a micro-batch."""
+"""What is minimised: the policy loss of GRPO and its relatives, or the likelihood loss of supervised fine-tuning.
+
+Equations in docs/algorithm.md. Shape: N response tokens of a micro-batch.
+"""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from tlt.config import RLConfig
 from tlt.metrics import MetricSums, token_sums
+from tlt.rl.logprobs import LogprobOutputs
 from tlt.types import PackedMicroBatch
 
 
@@ -13,6 +18,43 @@ from tlt.types import PackedMicroBatch
 class LossOutputs:
     loss: torch.Tensor  # [] float32; already normalised over the whole optimizer step: summed, never averaged
     metrics: MetricSums
+
+
+class Objective(Protocol):
+    """What the policy trainer minimises."""
+
+    steps_per_iteration: int
+    """Most optimizer steps that one batch has."""
+    uses_reference: bool
+    """Whether micro-batches need the reference policy's logprobs."""
+
+    def __call__(self, outputs: LogprobOutputs, batch: PackedMicroBatch) -> LossOutputs:
+        """Loss and metrics of one micro-batch."""
+
+
+class PolicyObjective:
+    """Reinforcement learning: `policy_loss`."""
+
+    def __init__(self, rl: RLConfig):
+        self.rl = rl
+        self.steps_per_iteration = rl.optimizer_steps
+        self.uses_reference = rl.kl_coef > 0
+
+    def __call__(self, outputs: LogprobOutputs, batch: PackedMicroBatch) -> LossOutputs:
+        result = policy_loss(outputs.logprobs, outputs.entropy, batch, self.rl)
+        result.metrics.add(token_sums(max_prob=outputs.max_prob))
+        return result
+
+
+class LikelihoodObjective:
+    """Supervised fine-tuning: L = -sum_t w_t logprob_t, the mean negative log-likelihood of response tokens."""
+
+    steps_per_iteration = 1
+    uses_reference = False
+
+    def __call__(self, outputs: LogprobOutputs, batch: PackedMicroBatch) -> LossOutputs:
+        loss = -(batch.loss_weights * outputs.logprobs).sum()
+        return LossOutputs(loss=loss, metrics=token_sums(nll=-outputs.logprobs, entropy=outputs.entropy))
 
 
 def policy_loss(

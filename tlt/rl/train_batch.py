@@ -5,7 +5,10 @@ from collections.abc import Sequence
 
 from tlt.config import RLConfig
 from tlt.rl.advantages import group_advantages
-from tlt.types import RolloutGroup, TrainBatch, TrainSequence
+from tlt.types import Rollout, RolloutGroup, TrainBatch, TrainSequence
+
+LOW_ENTROPY = 0.01
+"""Nats below which a token counts as certain (arXiv 2506.01939 has half of a reasoning model's tokens there)."""
 
 
 def build_train_batch(groups: Sequence[RolloutGroup], *, rl: RLConfig, max_response_tokens: int) -> TrainBatch:
@@ -20,7 +23,7 @@ def build_train_batch(groups: Sequence[RolloutGroup], *, rl: RLConfig, max_respo
     for group in groups:
         if group.rewards is None or len(group.rewards) != len(group.rollouts):
             raise RuntimeError(f"group {group.prompt.prompt_id} is not scored: {group.rewards}")
-    kept = [group for group in groups if not (rl.drop_equal_groups and is_equal(group))]
+    kept = [group for group in groups if not (rl.drop_equal_groups and group.is_equal)]
     steps = [
         step_sequences(step, rl=rl, max_response_tokens=max_response_tokens)
         for step in split_evenly(kept, rl.optimizer_steps)
@@ -28,11 +31,6 @@ def build_train_batch(groups: Sequence[RolloutGroup], *, rl: RLConfig, max_respo
     return TrainBatch(
         optimizer_steps=tuple(steps), policy_version=versions.pop(), metrics=batch_metrics(groups, len(kept))
     )
-
-
-def is_equal(group: RolloutGroup) -> bool:
-    """All rewards are the same, so every advantage is 0."""
-    return min(group.rewards) == max(group.rewards)
 
 
 def split_evenly(groups: Sequence[RolloutGroup], num_steps: int) -> list[Sequence[RolloutGroup]]:
@@ -54,7 +52,8 @@ def step_sequences(
     num_tokens = sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
     sequences = []
     for group in groups:
-        advantages = group_advantages(group.rewards, divide_by_std=rl.advantage_std)
+        rewards = shaped_rewards(group, rl=rl, max_response_tokens=max_response_tokens)
+        advantages = group_advantages(rewards, divide_by_std=rl.advantage_std)
         for rollout, advantage in zip(group.rollouts, advantages, strict=True):
             denominator = {
                 "token-mean": num_tokens,
@@ -73,6 +72,22 @@ def step_sequences(
     return tuple(sequences)
 
 
+def shaped_rewards(group: RolloutGroup, *, rl: RLConfig, max_response_tokens: int) -> list[float]:
+    """Rewards with DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), off where the buffer is 0.
+
+    A response of L tokens loses overlong_penalty * (L - (max_response_tokens - buffer)) / buffer beyond the buffer's
+    begin.
+    """
+    buffer = rl.overlong_buffer_tokens
+    if buffer == 0:
+        return list(group.rewards)
+    begin = max_response_tokens - buffer
+    return [
+        reward - rl.overlong_penalty * max(0, len(rollout.token_ids) - begin) / buffer
+        for reward, rollout in zip(group.rewards, group.rollouts, strict=True)
+    ]
+
+
 def batch_metrics(groups: Sequence[RolloutGroup], num_kept: int) -> dict[str, float]:
     """Rewards and response lengths of all groups, dropped ones included."""
     rewards = [reward for group in groups for reward in group.rewards]
@@ -84,12 +99,26 @@ def batch_metrics(groups: Sequence[RolloutGroup], num_kept: int) -> dict[str, fl
 
     return {
         "rl/reward": statistics.fmean(rewards),
-        "rl/equal_groups_frac": sum(map(is_equal, groups)) / len(groups),
+        "rl/equal_groups_frac": sum(group.is_equal for group in groups) / len(groups),
         "rl/trained_groups": float(num_kept),
         "rollout/response_tokens_mean": statistics.fmean(lengths),
         "rollout/response_tokens_p50": percentile(0.5),
         "rollout/response_tokens_p90": percentile(0.9),
         "rollout/response_tokens_p99": percentile(0.99),
         "rollout/response_tokens_max": float(lengths[-1]),
+        **token_metrics(rollouts),
         "rollout/truncated_frac": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+    }
+
+
+def token_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean entropy (nats), share of tokens below 0.01 nats and mean largest probability; nothing if not recorded."""
+    entropies = [value for rollout in rollouts for value in rollout.entropies]
+    max_probs = [value for rollout in rollouts for value in rollout.max_probs]
+    if not entropies:
+        return {}
+    return {
+        "rollout/entropy": statistics.fmean(entropies),
+        "rollout/low_entropy_frac": sum(value < LOW_ENTROPY for value in entropies) / len(entropies),
+        "rollout/max_prob": statistics.fmean(max_probs),
     }

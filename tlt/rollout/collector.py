@@ -20,6 +20,7 @@ class ReplicaReport:
     begin_s: float
     end_s: float
     """Wall-clock seconds between which the rank decoded."""
+    reward_stats: dict[str, float]
     interrupted: bool
 
 
@@ -55,18 +56,20 @@ class RolloutCollector:
             self.rewards.abandon()
             groups, end_s = [], time.time()
 
+        has_rewards = self.engine.is_replica_leader and bool(groups)
         report = ReplicaReport(
             groups=groups,
             stats=self.engine.stats(),
             begin_s=begin_s,
             end_s=end_s,
+            reward_stats=self.rewards.stats() if has_rewards else {},
             interrupted=self.interrupt.is_requested(),
         )
         with self.trace.span("rollout_exchange"):
             reports = self.parallel.all_gather_objects(report)
         if any(report.interrupted for report in reports):
             raise Interrupted
-        return in_order(prompts, reports), rollout_metrics(reports, waited_s=time.time() - end_s)
+        return in_order(prompts, reports), rollout_metrics(reports)
 
 
 def in_order(prompts: Sequence[Prompt], reports: Sequence[ReplicaReport]) -> list[RolloutGroup]:
@@ -79,14 +82,36 @@ def in_order(prompts: Sequence[Prompt], reports: Sequence[ReplicaReport]) -> lis
     return [groups[prompt.prompt_id] for prompt in prompts]
 
 
-def rollout_metrics(reports: Sequence[ReplicaReport], *, waited_s: float) -> dict[str, float]:
-    """Times over all ranks: a rank's tail is the time between its own last response and the world's last."""
+TAIL_SIZES = (1, 2, 4)
+"""Running requests up to which a rank counts as being in the long tail."""
+
+
+def rollout_metrics(reports: Sequence[ReplicaReport]) -> dict[str, float]:
+    """Times over all ranks: a rank's tail is the time between its own last response and the world's last.
+
+    `rollout/running_le_<k>_frac_of_time`: share of rank time in which at most k requests run, idle time included.
+    """
     begin_s = min(report.begin_s for report in reports)
     end_s = max(report.end_s for report in reports)
     idle_s = [end_s - report.end_s for report in reports]
     num_tokens = sum(report.stats.num_response_tokens for report in reports if report.groups)
     duration_s = end_s - begin_s
+    small_s = {
+        size: sum(idle_s) + sum(
+            seconds
+            for report in reports
+            for seconds, running in zip(report.stats.step_s, report.stats.running_requests, strict=True)
+            if running <= size
+        )
+        for size in TAIL_SIZES
+    }  # fmt: skip
+    rewards = {name for report in reports for name in report.reward_stats}
     return {
+        **{name: sum(report.reward_stats.get(name, 0.0) for report in reports) for name in sorted(rewards)},
+        **{
+            f"rollout/running_le_{size}_frac_of_time": value / (len(reports) * duration_s) if duration_s > 0 else 0.0
+            for size, value in small_s.items()
+        },
         "rollout/duration_s": duration_s,
         "rollout/tail_s": max(idle_s),
         "rollout/idle_frac": sum(idle_s) / (len(reports) * duration_s) if duration_s > 0 else 0.0,

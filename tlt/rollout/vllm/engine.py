@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tlt.config import RolloutConfig
 from tlt.protocols import OnFinished, RolloutInterrupted
 from tlt.rollout.placement import place_groups
-from tlt.rollout.vllm import readback, seeding
+from tlt.rollout.vllm import readback, seeding, token_stats
 from tlt.types import EngineStats, Prompt, Rollout, RolloutGroup, SamplingConfig
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ class VLLMRolloutEngine:
         self.engine = self.llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.runner = self.engine.model_executor.driver_worker.worker.model_runner
+        token_stats.install(self.runner.sampler)
         self.policy_version = -1
         self.is_asleep = False
         self._stats = EngineStats()
@@ -122,6 +123,8 @@ class VLLMRolloutEngine:
         for prompt in own:
             for sample in range(group_size):
                 request_id = f"{prompt.prompt_id}#{sample}"
+                if request_id in waiting:
+                    raise RuntimeError(f"two prompts of one rollout have the id {prompt.prompt_id}")
                 waiting[request_id] = (prompt, sample)
                 params = self._sampling_params(sampling, seeding.request_seed(seed, prompt.prompt_id, sample))
                 self.engine.add_request(request_id, {"prompt_token_ids": list(prompt.token_ids)}, params)
@@ -152,7 +155,9 @@ class VLLMRolloutEngine:
                 self.engine.step()  # lets the scheduler free them
                 raise RolloutInterrupted
             self._before_step()
+            begin_s = time.perf_counter()
             outputs = self.engine.step()
+            self._stats.step_s.append(time.perf_counter() - begin_s)
             self._stats.num_engine_steps += 1
             self._stats.running_requests.append(len(self.scheduler.running))
             waiting = {request.request_id for request in self.scheduler.waiting if request.status.name == "PREEMPTED"}
@@ -185,7 +190,7 @@ class VLLMRolloutEngine:
             max_tokens=sampling.max_response_tokens,
             ignore_eos=sampling.ignore_eos,
             stop_token_ids=None if sampling.ignore_eos else self.stop_token_ids,
-            logprobs=0,
+            logprobs=token_stats.NUM_COLUMNS,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -193,11 +198,14 @@ class VLLMRolloutEngine:
     def _rollout(self, output) -> Rollout:
         completion = output.outputs[0]
         token_ids = tuple(completion.token_ids)
-        logprobs = tuple(row[token].logprob for row, token in zip(completion.logprobs, token_ids, strict=True))
+        rows = completion.logprobs
         text_ids = token_ids[:-1] if completion.finish_reason == "stop" else token_ids
         return Rollout(
             token_ids=token_ids,
-            logprobs=logprobs,
+            logprobs=tuple(row[token].logprob for row, token in zip(rows, token_ids, strict=True)),
+            entropies=tuple(row[token_stats.ENTROPY].logprob for row in rows),
+            max_probs=tuple(row[token_stats.MAX_PROB].logprob for row in rows),
+            replica=self.replica,
             text=self.decode(text_ids),
             finish_reason=completion.finish_reason,
             policy_version=self.policy_version,

@@ -1,0 +1,49 @@
+set -euo pipefail
+# The recipe of examples/reasoner_cpu, read by run.sh and by benchmarks that start from its policies.
+
+# Problems of the cold start, of RL and of evaluation: chain_sum with a heavy-tailed number of terms, and gcd, whose
+# number of subtractions is heavy-tailed by itself. Question and a newline; no chat template, which costs 30 tokens.
+SOURCES=(
+    'reasoning-gym:chain_sum:{"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1}'
+    'reasoning-gym:chain_sum:{"min_terms": 5, "max_terms": 9, "min_digits": 1, "max_digits": 1}'
+    'reasoning-gym:chain_sum:{"min_terms": 10, "max_terms": 18, "min_digits": 1, "max_digits": 1}'
+    'reasoning-gym:chain_sum:{"min_terms": 19, "max_terms": 30, "min_digits": 1, "max_digits": 1}'
+    'reasoning-gym:gcd:{"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 40}'
+)
+WEIGHTS=(0.40 0.15 0.06 0.05 0.34)
+PROMPT_ARGS=(--no-data-chat-template --data-instruction $'\n')
+
+# Cold start: bounded by tokens (80 steps of 1,536), not by time.
+COLD_START_ARGS=(--sources "${SOURCES[@]}" --weights "${WEIGHTS[@]}" --num-examples 1000 --num-held-out 64 --seed 1)
+SFT_ARGS=(
+    --train-iters 80
+    --sft-tokens-per-step 1536
+    --sft-eval-interval 20
+    --save-interval 20
+    --save-retain 1
+    --lr 2e-4
+    --min-lr 1e-5
+    --lr-decay-style linear
+    --lr-warmup-iters 4
+    --use-distributed-optimizer
+)
+
+ROLLOUT_ARGS=(
+    --rollout-temperature 1.0
+    --rollout-max-response-tokens 768
+    --rollout-max-model-len 1024
+    --rollout-max-num-seqs 64
+    --rollout-save-interval 10
+)
+EVAL_ARGS=(--eval-num-prompts 64 --eval-num-samples 8 --eval-interval 20)
+RL_ARGS=(
+    --train-iters 100
+    --save-interval 10
+    --save-retain 1
+    --lr 2e-5
+    --use-distributed-optimizer
+    --rl-prompts-per-iteration 12
+    --rl-group-size 8
+    --rl-optimizer-steps 2
+    --rl-drop-equal-groups
+)

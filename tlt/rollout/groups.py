@@ -1,0 +1,56 @@
+"""The groups of one iteration: sampled from the next prompts, refilled where groups teach nothing."""
+
+from tlt.config import RLConfig
+from tlt.protocols import PromptSource
+from tlt.rollout.collector import RolloutCollector
+from tlt.types import RolloutGroup, SamplingConfig
+
+ADDED = ("rollout/duration_s", "rollout/preemptions", "reward/timeouts", "reward/errors", "reward/wait_s")
+"""Metrics that add up over the rounds of an iteration; the others are means weighted by each round's duration."""
+
+
+class GroupSampler:
+    """`prompts_per_iteration` groups, then up to `refill_rounds` further rounds in place of groups of equal reward.
+
+    DAPO's dynamic sampling (arXiv 2503.14476, section 3.2). Every round is a function of data that all ranks share.
+    """
+
+    def __init__(
+        self, prompts: PromptSource, rollouts: RolloutCollector, sampling: SamplingConfig, *, rl: RLConfig, seed: int
+    ):
+        self.prompts = prompts
+        self.rollouts = rollouts
+        self.sampling = sampling
+        self.rl = rl
+        self.seed = seed
+
+    def sample(self, iteration: int) -> tuple[list[RolloutGroup], dict[str, float]]:
+        """Scored groups, those of equal reward included, and metrics; equal on all ranks.
+
+        Raises Interrupted as `RolloutCollector.collect` does. Collective over all ranks; all must call.
+        """
+        groups: list[RolloutGroup] = []
+        rounds: list[dict[str, float]] = []
+        missing = self.rl.prompts_per_iteration
+        while missing > 0 and len(rounds) <= self.rl.refill_rounds:
+            new, metrics = self.rollouts.collect(
+                self.prompts.next_batch(missing), self.sampling, group_size=self.rl.group_size,
+                seed=self.seed + iteration,
+            )  # fmt: skip
+            groups += new
+            rounds.append(metrics)
+            missing = self.rl.prompts_per_iteration - sum(not group.is_equal for group in groups)
+        return groups, {**merged(rounds), "rl/sampling_rounds": float(len(rounds))}
+
+
+def merged(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of several rollouts as those of one."""
+    total_s = sum(metrics["rollout/duration_s"] for metrics in rounds)
+    result = {}
+    for name in rounds[0]:
+        if name in ADDED or name.endswith("tail_s"):
+            result[name] = sum(metrics[name] for metrics in rounds)
+        else:
+            weighted = sum(metrics[name] * metrics["rollout/duration_s"] for metrics in rounds)
+            result[name] = weighted / total_s if total_s > 0 else rounds[0][name]
+    return result
