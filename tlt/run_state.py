@@ -6,6 +6,7 @@ Layout (Megatron's names): `<save>/iter_0000012/` with the policy in torch_dist 
 """
 
 import dataclasses
+import fcntl
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from tlt.parallel import Parallel
 from tlt.protocols import PolicyTrainer
@@ -72,6 +74,20 @@ def read_state(checkpoint: Path, fingerprint: dict) -> RunState:
     return state
 
 
+def claim(folder: Path) -> TextIO:
+    """Hold the run's folder for as long as the returned file is open; RuntimeError if another process holds it.
+
+    Ranks outlive a torchrun that is killed outright, and would go on writing beside the run that resumes theirs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "run.lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(f"--save {folder} is in use by another run that is still alive; end it first") from None
+    return file
+
+
 class Checkpoints:
     """Saves on schedule and on request, keeps the newest few."""
 
@@ -87,6 +103,7 @@ class Checkpoints:
         self.retain = retain
         self.train_iters = train_iters
         self.saved_iteration: int | None = None
+        self.claimed = claim(folder) if parallel.rank == 0 else None
 
     def save_if_due(self, state: RunState) -> None:
         """Every `interval` iterations and after the last. Collective over all ranks; all must call."""

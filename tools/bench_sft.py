@@ -1,4 +1,4 @@
-"""Supervised fine-tuning speed against a plain Hugging Face loop: same model, same examples, same threads, same process.
+"""Supervised fine-tuning speed against a plain Hugging Face loop: same model, examples, threads and process.
 
 Both train in bf16 with fp32 master weights and AdamW, one rank, alternating, so that a shared machine's noise hits
 both. The Hugging Face loop is the one people write: batches padded to their longest sequence, as many sequences as fit

@@ -40,10 +40,12 @@ RL_ARGS=(
     --train-iters 100
     --save-interval 10
     --save-retain 1
-    --lr 2e-5
+    --lr 3e-5
     --use-distributed-optimizer
     --rl-prompts-per-iteration 12
     --rl-group-size 8
     --rl-optimizer-steps 2
     --rl-drop-equal-groups
+    --rl-clip-high 0.28
+    --rl-entropy-coef 0.002
 )

@@ -25,10 +25,10 @@ source "$root/examples/reasoner_cpu/recipe.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one core a rank
 launch=("$venv/bin/torchrun" --standalone --nproc_per_node 2)
 
-# The cold start is made once for each content of recipe, data and code that it depends on.
-key="$(cd "$root" && cat examples/reasoner_cpu/recipe.sh tools/make_cold_start.py tools/train_sft.py tools/prepare_smollm2.py \
-    requirements-cpu.txt $(git ls-files 'tlt/sft/*.py' 'tlt/policy/*.py' 'tlt/rl/*.py' 'tlt/data/*.py' 'tlt/weight_sync/*.py') \
-    | sha256sum | cut -c1-12)"
+# The cold start is made once for each content of what it depends on: recipe, data, code and package versions.
+key="$(cd "$root" && find examples/reasoner_cpu/recipe.sh tools/make_cold_start.py tools/train_sft.py \
+    tools/prepare_smollm2.py requirements-cpu.txt tlt/sft tlt/policy tlt/rl tlt/data tlt/weight_sync megatron_patches \
+    -type f \( -name '*.py' -o -name '*.sh' -o -name '*.txt' \) -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -c1-12)"
 cold="$cache/$key"
 if [[ ! -d "$cold/hf" ]]; then
     echo "reasoner_cpu: cold start into $cold"
@@ -54,3 +54,10 @@ fi
     "${DATA_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${EVAL_ARGS[@]}" "${RL_ARGS[@]}" "$@"
 "$venv/bin/python" "$root/tools/show_run.py" "$run_dir"
 "$venv/bin/python" "$root/tools/profile_workload.py" "$run_dir" --out "$run_dir/profile"
+
+# The second point at which speed is measured: the policy after RL.
+trained="$cold/rl-$seed-$(cat "$run_dir/latest_checkpointed_iteration.txt")"
+if [[ ! -d "$trained" ]]; then
+    "$venv/bin/python" "$root/tools/convert_mcore_to_hf.py" --load "$run_dir" --hf-model "$cold/hf" --out "$trained"
+fi
+echo "policy after RL: $trained"

@@ -71,16 +71,16 @@ class MegatronPolicyTrainer:
         self.is_offloaded = False
 
     def train_step(self, batch: TrainBatch) -> dict[str, float]:
-        """Old (and reference) logprobs of all sequences, then each optimizer step; metrics equal on all ranks.
+        """Old (and reference) logprobs of the sequences, then each optimizer step; metrics equal on all ranks.
 
         Collective over all ranks; all must call.
         """
         self.onload()
         steps = [self._micro_batches(sequences) for sequences in batch.optimizer_steps]
         begin_s = time.perf_counter()
-        if len(steps) > 1:  # a single step's own forward pass gives them, bit for bit
+        if len(steps) > 1:  # the first step's own forward pass gives its sequences', bit for bit
             with self.trace.span("old_logprobs"):
-                for micro_batch, outputs in self._forward_only(self.ddp, sum(steps, [])):
+                for micro_batch, outputs in self._forward_only(self.ddp, sum(steps[1:], [])):
                     micro_batch.old_logprobs = outputs.logprobs
         if self.reference is not None:
             with self.trace.span("ref_logprobs"):

@@ -65,7 +65,7 @@ def policy_loss(
     L = sum_t w_t [ -c_t min(rho_t A_t, clip(rho_t, 1 - low, 1 + high) A_t) + kl_coef KL_t - entropy_coef H_t ]
     with rho = exp(logprobs - old_logprobs), w the loss weights of the batch (`rl/train_batch.py`) and
     c = min(exp(old_logprobs - rollout_logprobs), cap), the truncated importance weight of trainer against engine.
-    Without old logprobs in the batch the present ones are the old ones: the iteration's only optimizer step.
+    Without old logprobs in the batch the present ones are the old ones: the iteration's first optimizer step.
     clip-higher: arXiv 2503.14476; dual clip: 1912.09729, for A < 0 the surrogate is at least dual_clip x A.
     """
     advantages = batch.advantages
