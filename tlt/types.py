@@ -65,7 +65,9 @@ class RolloutGroup:
 
     @property
     def is_equal(self) -> bool:
-        """All rewards are the same, so every advantage is 0. Of scored groups only."""
+        """All rewards are the same, so every advantage is 0. RuntimeError for a group that is not scored."""
+        if self.rewards is None:
+            raise RuntimeError(f"group {self.prompt.prompt_id} is not scored")
         return min(self.rewards) == max(self.rewards)
 
 

@@ -1,0 +1,75 @@
+"""Checks across components and against the model's files, before any process group exists."""
+
+import json
+import os
+
+from tlt.config.policy import ModelConfig
+from tlt.config.requirement import require
+from tlt.config.run import RunConfig
+
+
+def check_policy_layout(model: ModelConfig, *, world_size: int, hf_config: dict) -> None:
+    """The policy's layout against world and model. `hf_config` is the model's config.json."""
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    flag = "--tensor-model-parallel-size"
+    require(
+        world_size % (tp * pp) == 0,
+        f"{flag} x --pipeline-model-parallel-size",
+        tp * pp,
+        f"a divisor of the world size ({world_size} ranks)",
+    )
+    heads = hf_config["num_attention_heads"]
+    kv_heads = hf_config.get("num_key_value_heads") or heads
+    layers, vocabulary = hf_config["num_hidden_layers"], hf_config["vocab_size"]
+    require(heads % tp == 0, flag, tp, f"a divisor of the model's {heads} attention heads")
+    require(kv_heads % tp == 0, flag, tp, f"a divisor of the model's {kv_heads} key-value heads")
+    require(vocabulary % tp == 0, flag, tp, f"a divisor of the model's vocabulary of {vocabulary}")
+    require(layers % pp == 0, "--pipeline-model-parallel-size", pp, f"a divisor of the model's {layers} layers")
+
+
+def check(config: RunConfig, *, world_size: int, hf_config: dict) -> None:
+    """Cross-component checks, before any process group exists. `hf_config` is the model's config.json."""
+    rollout = config.rollout
+    check_policy_layout(config.model, world_size=world_size, hf_config=hf_config)
+    flag, size = "--rollout-tensor-parallel-size", rollout.tensor_parallel_size
+    require(world_size % size == 0, flag, size, f"a divisor of the world size ({world_size} ranks)")
+    heads = hf_config["num_attention_heads"]
+    require(heads % size == 0, flag, size, f"a divisor of the model's {heads} attention heads")
+    context = hf_config["max_position_embeddings"]
+    if rollout.max_model_len is not None:
+        require(
+            rollout.max_model_len <= context,
+            "--rollout-max-model-len",
+            rollout.max_model_len,
+            f"at most the model's context of {context} tokens",
+        )
+        context = rollout.max_model_len
+    require(
+        config.rl.overlong_buffer_tokens < rollout.max_response_tokens,
+        "--rl-overlong-buffer-tokens",
+        config.rl.overlong_buffer_tokens,
+        f"below --rollout-max-response-tokens ({rollout.max_response_tokens})",
+    )
+    require(
+        rollout.max_response_tokens < context,
+        "--rollout-max-response-tokens",
+        rollout.max_response_tokens,
+        f"below the context length of {context} tokens",
+    )
+
+
+def read_hf_config(folder: str) -> dict:
+    """The model's config.json; a ValueError names what is missing."""
+    path = os.path.join(folder, "config.json")
+    require(os.path.isdir(folder), "--hf-model", folder, "an existing directory")
+    require(os.path.isfile(path), "--hf-model", folder, "a Hugging Face model directory (config.json is missing)")
+    with open(path) as file:
+        config = json.load(file)
+    supported = ("llama", "qwen2", "qwen3")
+    require(
+        config.get("model_type") in supported,
+        "--hf-model",
+        f"{folder} (model_type {config.get('model_type')!r})",
+        f"a model of type {', '.join(supported)}",
+    )
+    return config

@@ -1,0 +1,22 @@
+"""All flags of a run."""
+
+from dataclasses import dataclass
+
+from tlt.config.policy import ModelConfig, OptimizerConfig
+from tlt.config.rl import RLConfig
+from tlt.config.rollout import RolloutConfig
+from tlt.config.training import DataConfig, EvalConfig, RewardConfig, TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run is made of; components get their own part, never this."""
+
+    training: TrainingConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    rl: RLConfig
+    rollout: RolloutConfig
+    data: DataConfig
+    eval: EvalConfig
+    reward: RewardConfig
