@@ -1,0 +1,31 @@
+"""Uniform numbers that are functions of (seed, position, stream): no generator, so nothing to rewind or keep in step.
+
+A response's token at a position is drawn with the same number whatever was drafted before it, in whatever batch, on
+whatever rank, after preemption or a restart.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+_GOLDEN, _MIX1, _MIX2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+TOKEN, ACCEPT, RESIDUAL = 0, 1, 2
+"""Streams: the token from the policy; the acceptance of a sampled draft; the token after a rejected one."""
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), modulo 2**64."""
+    values = (values ^ (values >> np.uint64(30))) * _MIX1
+    values = (values ^ (values >> np.uint64(27))) * _MIX2
+    return values ^ (values >> np.uint64(31))
+
+
+def uniforms(seeds: Sequence[int], positions: Sequence[int], *, stream: int) -> torch.Tensor:
+    """[T] float64 in [0, 1), one for each pair of seed and position."""
+    with np.errstate(over="ignore"):
+        state = _mix(np.asarray(seeds, dtype=np.uint64) + _GOLDEN)
+        state = _mix(state + np.asarray(positions, dtype=np.uint64) * _GOLDEN)
+        state = _mix(state + np.uint64(stream + 1) * _GOLDEN)
+    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
