@@ -147,22 +147,6 @@ def test_preemption_and_chunked_prefill_change_no_token(tiny_models, tmp_path):
     run_ranks(_preempted, 1, tiny_models["llama"], tmp_path / "expected.pt", 12)
 
 
-def _unpatched(rank: int, world_size: int, folder: Path) -> None:
-    from tlt.rollout.vllm import seeding
-
-    engine = make_engine(folder, max_num_seqs=24, max_num_batched_tokens=24)
-    assert seeding.PATCH.apply() is False, "applied twice"
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    GPUModelRunner.sample_tokens = GPUModelRunner.sample_tokens.__wrapped__
-    with pytest.raises(RuntimeError, match="does not use offset"):
-        generate(engine, make_prompts(4, length=40), SamplingConfig(temperature=1.0, max_response_tokens=8))
-
-
-def test_without_the_patch_a_chunked_seeded_request_crashes(tiny_models):
-    run_ranks(_unpatched, 1, tiny_models["llama"])
-
-
 def _replicas(rank: int, world_size: int, folder: Path, expected_file: Path, tp_size: int) -> None:
     engine = make_engine(folder, tensor_parallel_size=tp_size)
     engine.load_weights(iter(weights_of(folder).items()), policy_version=0)

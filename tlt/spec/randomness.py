@@ -4,6 +4,7 @@ A response's token at a position is drawn with the same number whatever was draf
 whatever rank, after preemption or a restart.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,3 +30,9 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int], *, stream: int) -> 
         state = _mix(state + np.asarray(positions, dtype=np.uint64) * _GOLDEN)
         state = _mix(state + np.uint64(stream + 1) * _GOLDEN)
     return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def request_seed(seed: int, prompt_id: str, sample_index: int) -> int:
+    """Seed of one response: a function of the iteration's seed, the prompt and the sample, whatever runs beside it."""
+    digest = hashlib.sha256(f"{seed}/{prompt_id}/{sample_index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

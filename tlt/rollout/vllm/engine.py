@@ -12,7 +12,8 @@ import torch.distributed as dist
 from tlt.config import RolloutConfig
 from tlt.protocols import OnFinished, RolloutInterrupted
 from tlt.rollout.placement import place_groups
-from tlt.rollout.vllm import readback, seeding, token_stats
+from tlt.rollout.vllm import readback, sampling
+from tlt.spec.randomness import request_seed
 from tlt.types import EngineStats, Prompt, Rollout, RolloutGroup, SamplingConfig
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,6 @@ class VLLMRolloutEngine:
         self.replica_group = self._make_replica_group() if self.tp_size > 1 else None
 
         self.on_gpu = torch.cuda.is_available()
-        if not self.on_gpu:
-            seeding.PATCH.apply()
         num_threads = torch.get_num_threads()
         self.llm = LLM(
             model=hf_model,
@@ -86,7 +85,7 @@ class VLLMRolloutEngine:
         self.engine = self.llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.runner = self.engine.model_executor.driver_worker.worker.model_runner
-        token_stats.install(self.runner.sampler)
+        self.sampler = sampling.PositionSampler(self.runner)
         self.policy_version = -1
         self.is_asleep = False
         self._stats = EngineStats()
@@ -126,7 +125,7 @@ class VLLMRolloutEngine:
                 if request_id in waiting:
                     raise RuntimeError(f"two prompts of one rollout have the id {prompt.prompt_id}")
                 waiting[request_id] = (prompt, sample)
-                params = self._sampling_params(sampling, seeding.request_seed(seed, prompt.prompt_id, sample))
+                params = self._sampling_params(sampling, request_seed(seed, prompt.prompt_id, sample))
                 self.engine.add_request(request_id, {"prompt_token_ids": list(prompt.token_ids)}, params)
 
         finished: dict[str, Rollout] = {}
@@ -178,21 +177,21 @@ class VLLMRolloutEngine:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.replica_group)
         return bool(flag)
 
-    def _sampling_params(self, sampling: SamplingConfig, seed: int):
+    def _sampling_params(self, config: SamplingConfig, seed: int):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
-            top_k=sampling.top_k if sampling.temperature > 0 else 0,
-            seed=seed if sampling.temperature > 0 else None,
-            max_tokens=sampling.max_response_tokens,
-            ignore_eos=sampling.ignore_eos,
-            stop_token_ids=None if sampling.ignore_eos else self.stop_token_ids,
-            logprobs=token_stats.NUM_COLUMNS,
+            temperature=config.temperature,
+            top_p=config.top_p if config.temperature > 0 else 1.0,
+            top_k=config.top_k if config.temperature > 0 else 0,
+            max_tokens=config.max_response_tokens,
+            ignore_eos=config.ignore_eos,
+            stop_token_ids=None if config.ignore_eos else self.stop_token_ids,
+            logprobs=sampling.NUM_COLUMNS,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={sampling.SEED: seed},
         )
 
     def _rollout(self, output) -> Rollout:
@@ -203,8 +202,8 @@ class VLLMRolloutEngine:
         return Rollout(
             token_ids=token_ids,
             logprobs=tuple(row[token].logprob for row, token in zip(rows, token_ids, strict=True)),
-            entropies=tuple(row[token_stats.ENTROPY].logprob for row in rows),
-            max_probs=tuple(row[token_stats.MAX_PROB].logprob for row in rows),
+            entropies=tuple(row[sampling.ENTROPY].logprob for row in rows),
+            max_probs=tuple(row[sampling.MAX_PROB].logprob for row in rows),
             replica=self.replica,
             text=self.decode(text_ids),
             finish_reason=completion.finish_reason,
