@@ -31,7 +31,9 @@ def flags(model: Path, save: Path, **overrides) -> list[str]:
         "rl_optimizer_steps": 2,
         "rollout_max_response_tokens": 120,  # phases long enough to be killed in
         "rollout_max_num_seqs": 32,
+        "rollout_save_interval": 2,
         "eval_num_prompts": 4,
+        "eval_num_samples": 2,
         "data_train": SUMS,
         "distributed_timeout_minutes": 2,
         **overrides,

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.e2e import runs
+from tools import profile_workload
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
@@ -29,6 +30,9 @@ def test_a_run_leaves_metrics_trace_record_and_checkpoint(undisturbed):
     assert "eval/greedy_accuracy" in records[4]
     # fp32 trainer and engine: logprobs of the same policy
     assert all(record["policy/logprob_diff_max"] < 2e-3 for record in records[1:])
+    assert all(0 < record["rollout/entropy"] < 7 and 0 < record["rollout/max_prob"] < 1 for record in records[1:])
+    assert all(0 <= record["rollout/running_le_4_frac_of_time"] <= 1 for record in raw_records(undisturbed)[1:])
+    assert {"eval/sampled_accuracy", "eval/mixed_groups_frac", "eval/sampled_entropy"} <= set(records[4])
     run = json.loads((undisturbed / "run.json").read_text())["starts"][0]
     assert run["packages"]["megatron-core"] == "0.16.1"
     assert "cpu_rng_fork" in run["patches"]
@@ -38,6 +42,27 @@ def test_a_run_leaves_metrics_trace_record_and_checkpoint(undisturbed):
     assert sorted(path.name for path in undisturbed.glob("iter_*")) == ["iter_0000003", "iter_0000004"]
     assert (undisturbed / "latest_checkpointed_iteration.txt").read_text().strip() == "4"
     assert list((undisturbed / "tensorboard").iterdir())
+
+
+def raw_records(save) -> list[dict]:
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_responses_for_the_profile(undisturbed, tmp_path, monkeypatch, capsys):
+    names = sorted(path.name for path in (undisturbed / "rollouts").iterdir())
+    assert names == ["eval_0000000.jsonl", "eval_0000004.jsonl", "train_0000002.jsonl", "train_0000004.jsonl"]
+    rows = [json.loads(line) for line in (undisturbed / "rollouts" / "train_0000002.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 * 8
+    assert {row["replica"] for row in rows} == {0, 1}
+    for row in rows:
+        assert len(row["token_ids"]) == len(row["logprobs"]) == len(row["entropies"]) == len(row["max_probs"])
+    mean = sum(sum(row["entropies"]) for row in rows) / sum(len(row["entropies"]) for row in rows)
+    assert mean == pytest.approx(runs.records(undisturbed)[2]["rollout/entropy"], abs=1e-4)  # 5 digits are written
+    monkeypatch.setattr("sys.argv", ["x", str(undisturbed), "--out", str(tmp_path / "profile")])
+    assert profile_workload.main() == 0
+    result = json.loads((tmp_path / "profile.json").read_text())
+    assert (result["responses"], result["history_responses"]) == (8, 8)  # 4 problems, 2 samples; the first evaluation
+    assert "eval_0000004" in capsys.readouterr().out
 
 
 def test_kills_in_rollout_update_and_save_lose_at_most_the_current_iteration(tiny_models, undisturbed, tmp_path):

@@ -27,7 +27,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "parallel": {"config"},
     "policy": BASE | {"metrics", "trace", "parallel", "rl"},
     "weight_sync": BASE | {"trace", "parallel", "protocols"},
-    "rollout": BASE | {"trace", "parallel", "protocols", "interrupt"},
+    "rollout": BASE | {"trace", "parallel", "protocols", "interrupt", "spec"},
     "run_state": {"parallel", "protocols", "trace"},
     "evaluation": {"rollout", "types"},
     "loop": {
