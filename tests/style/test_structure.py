@@ -35,6 +35,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
         "run_state", "trace", "types",
     },
     "workload": set(),
+    "spec": BASE,
     "sft": BASE | {"data", "interrupt", "metrics", "parallel", "policy", "progress", "run_state", "trace"},
     "build": None,  # knows all classes
     "__init__": set(),
