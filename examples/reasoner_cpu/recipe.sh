@@ -42,6 +42,7 @@ RL_ARGS=(
     --save-retain 1
     --lr 3e-5
     --use-distributed-optimizer
+    --max-tokens-per-micro-batch 1536
     --rl-prompts-per-iteration 12
     --rl-group-size 8
     --rl-optimizer-steps 2
