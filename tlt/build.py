@@ -10,7 +10,16 @@ import torch
 
 from megatron_patches import apply_patches
 from tlt import parallel as process_groups
-from tlt.config import ModelConfig, OptimizerConfig, RolloutConfig, RunConfig, check, read_hf_config, require
+from tlt.config import (
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainingConfig,
+    check,
+    read_hf_config,
+    require,
+)
 from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions, held_out_prompts
 from tlt.data.source import question_key
 from tlt.evaluation import Evaluation
@@ -61,8 +70,9 @@ class Inputs:
             )  # fmt: skip
         excluded |= {question_key(prompt.text) for prompt in self.held_out}
         self.prompts = PromptStream(config.data, builder, seed=training.seed, excluded=excluded)
+        begin = self.prompts.state_dict()
         first = self.prompts.next_batch(config.rl.prompts_per_iteration)  # a prompt that is too long shows now
-        self.prompts = PromptStream(config.data, builder, seed=training.seed, excluded=excluded)
+        self.prompts.load_state_dict(begin)
         logger.info("first prompt: %r", first[0].text)
         self.stop_token_ids = stop_token_ids(Path(config.model.hf_model), self.hf_config, self.tokenizer)
         self.checkpoint = find_checkpoint(config)
@@ -162,16 +172,8 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             interval=config.eval.interval,
             train_iters=training.train_iters,
         ),  # fmt: skip
-        checkpoints=Checkpoints(
-            save,
-            trainer=trainer,
-            parallel=parallel,
-            trace=trace,
-            interval=training.save_interval,
-            retain=training.save_retain,
-            train_iters=training.train_iters,
-        ),  # fmt: skip
-        metrics=build_metrics_log(config, inputs, parallel),
+        checkpoints=build_checkpoints(training, trainer, parallel, trace=trace),
+        metrics=build_metrics_log(training, inputs.state, parallel),
         trace=trace,
         interrupt=interrupt,
         progress=Progress(is_shown=parallel.rank == 0),
@@ -189,14 +191,29 @@ def training_distribution(rollout: RolloutConfig) -> SamplingConfig:
     )
 
 
-def build_metrics_log(config: RunConfig, inputs: Inputs, parallel: process_groups.Parallel) -> MetricsLog:
+def build_metrics_log(training: TrainingConfig, state: RunState, parallel: process_groups.Parallel) -> MetricsLog:
     """Written by rank 0."""
-    save = Path(config.training.save)
+    save = Path(training.save)
     return MetricsLog(
         save,
-        tensorboard_dir=Path(config.training.tensorboard_dir or save / "tensorboard"),
+        tensorboard_dir=Path(training.tensorboard_dir or save / "tensorboard"),
         is_writer=parallel.rank == 0,
-        resumed_iteration=inputs.state.iteration,
+        resumed_iteration=state.iteration,
+    )
+
+
+def build_checkpoints(
+    training: TrainingConfig, trainer: MegatronPolicyTrainer, parallel: process_groups.Parallel, *, trace: Trace
+) -> Checkpoints:
+    """Of the run in --save."""
+    return Checkpoints(
+        Path(training.save),
+        trainer=trainer,
+        parallel=parallel,
+        trace=trace,
+        interval=training.save_interval,
+        retain=training.save_retain,
+        train_iters=training.train_iters,
     )
 
 

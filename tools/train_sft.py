@@ -3,11 +3,8 @@
 torchrun --nproc_per_node 2 tools/train_sft.py --hf-model DIR --save DIR --data-train jsonl:examples.jsonl
 """
 
-import dataclasses
 import hashlib
-import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -71,13 +68,11 @@ def build(config, inputs: SftInputs):
     """Make every component. Collective over all ranks; all must call."""
     from megatron_patches import apply_patches
     from tlt import parallel as process_groups
-    from tlt.build import build_policy_trainer
+    from tlt.build import build_checkpoints, build_metrics_log, build_policy_trainer
     from tlt.interrupt import Interrupt
-    from tlt.metrics import MetricsLog
     from tlt.progress import Progress
     from tlt.provenance import write_run_record
     from tlt.rl.losses import LikelihoodObjective
-    from tlt.run_state import Checkpoints
     from tlt.sft.loop import HeldOut, SftRun
     from tlt.trace import Trace
     from tlt.types import SamplingConfig
@@ -106,14 +101,8 @@ def build(config, inputs: SftInputs):
             sequences=inputs.held_out, interval=config.sft.eval_interval, train_iters=training.train_iters
         ),
         policy_trainer=trainer,
-        checkpoints=Checkpoints(
-            save, trainer=trainer, parallel=parallel, trace=trace, interval=training.save_interval,
-            retain=training.save_retain, train_iters=training.train_iters,
-        ),
-        metrics=MetricsLog(
-            save, tensorboard_dir=Path(training.tensorboard_dir or save / "tensorboard"),
-            is_writer=parallel.rank == 0, resumed_iteration=inputs.state.iteration,
-        ),
+        checkpoints=build_checkpoints(training, trainer, parallel, trace=trace),
+        metrics=build_metrics_log(training, inputs.state, parallel),
         trace=trace,
         interrupt=interrupt,
         progress=Progress(is_shown=parallel.rank == 0),
@@ -124,29 +113,16 @@ def build(config, inputs: SftInputs):
 
 def main(argv: Sequence[str]) -> int:
     """Parse, check, build, fine-tune, write. Bad input: one line on rank 0 and exit status 2 on every rank."""
-    from tlt.arguments import parse
+    from tlt.launch import prepare
     from tlt.sft.config import SftRunConfig
 
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"[rank {rank}] %(message)s" if world_size > 1 else "%(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
-    try:
-        config = parse(argv, __doc__, SftRunConfig)
-        if not config.training.dry_run and "MASTER_ADDR" not in os.environ:
-            raise ValueError("start with torchrun: torchrun --nproc_per_node N tools/train_sft.py ... (or --dry-run)")
-        inputs = SftInputs(config, world_size=world_size)
-    except ValueError as error:
-        if rank == 0:
-            sys.stderr.write(f"train_sft.py: error: {error}\n")
-        return 2
-    logger.info("config %s", json.dumps(dataclasses.asdict(config), indent=1))
-    if config.training.dry_run:
-        logger.info("dry run: the configuration is valid for %d ranks", world_size)
-        return 0
+    prepared = prepare(
+        argv, program="tools/train_sft.py", description=__doc__, config_class=SftRunConfig,
+        read_inputs=lambda config, world_size: SftInputs(config, world_size=world_size),
+    )  # fmt: skip
+    if isinstance(prepared, int):
+        return prepared
+    config, inputs = prepared
 
     import torch.distributed as dist
 

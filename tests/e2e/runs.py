@@ -38,6 +38,11 @@ def flags(model: Path, save: Path, **overrides) -> list[str]:
         "distributed_timeout_minutes": 2,
         **overrides,
     }
+    return as_flags(values)
+
+
+def as_flags(values: dict[str, object]) -> list[str]:
+    """Command line of values by flag name with underscores; None leaves a flag out."""
     result = []
     for name, value in values.items():
         flag = "--" + name.replace("_", "-")
@@ -48,11 +53,11 @@ def flags(model: Path, save: Path, **overrides) -> list[str]:
     return result
 
 
-def start(arguments: list[str], num_ranks: int = 2) -> subprocess.Popen:
+def start(arguments: list[str], num_ranks: int = 2, program: str = "pretrain_rl.py") -> subprocess.Popen:
     """Start the run; its output goes to a pipe."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     return subprocess.Popen(
-        [*command, str(ROOT / "pretrain_rl.py"), *arguments],
+        [*command, str(ROOT / program), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -37,22 +36,11 @@ def flags(model, folder, **overrides) -> list[str]:
         "sft_eval_interval": 3,
         **overrides,
     }
-    result = []
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            result.append(flag if value else flag.replace("--", "--no-", 1))
-        elif value is not None:
-            result += [flag, str(value)]
-    return result
+    return runs.as_flags(values)
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.Popen(
-        [*command, str(runs.ROOT / "tools/train_sft.py"), *arguments], stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    return runs.start(arguments, program="tools/train_sft.py")
 
 
 def tensors(folder) -> dict[str, torch.Tensor]:

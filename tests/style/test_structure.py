@@ -37,6 +37,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "workload": set(),
     "spec": BASE,
     "sft": BASE | {"data", "interrupt", "metrics", "parallel", "policy", "progress", "run_state", "trace"},
+    "launch": {"arguments"},
     "build": None,  # knows all classes
     "__init__": set(),
 }  # fmt: skip

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from tlt.config import DataConfig, EvalConfig
-from tlt.data.source import Problem, derive_seed, parse_question, parse_source, question_key
+from tlt.data.source import Problem, derive_seed, numbered_lines, parse_question, parse_source, question_key
 from tlt.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -106,10 +106,8 @@ def excluded_questions(paths: Sequence[str]) -> set[str]:
     for path in paths:
         if not Path(path).is_file():
             raise ValueError(f"--data-exclude: {path} is not a file")
-        with Path(path).open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    keys.add(question_key(parse_question(line, f"{path}, line {number}")[1]))
+        for number, line in numbered_lines(Path(path)):
+            keys.add(question_key(parse_question(line, f"{path}, line {number}")[1]))
     return keys
 
 

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -93,6 +94,24 @@ def make_dataset(task: str, config: dict[str, Any], seed: int, flag: str = "--da
         raise ValueError(f"{flag}: reasoning-gym:{task} refuses the configuration {config}: {error}") from None
 
 
+class ShuffledEpochs:
+    """Endless order of `size` items, shuffled anew each epoch; a function of the seed's parts and the position."""
+
+    def __init__(self, size: int, *seed_parts: object):
+        self.size = size
+        self.seed_parts = seed_parts
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def index(self, position: int) -> int:
+        """Item at a position of the endless order."""
+        epoch, offset = divmod(position, self.size)
+        if self._order[0] != epoch:
+            order = list(range(self.size))
+            Random(derive_seed(*self.seed_parts, epoch)).shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1][offset]
+
+
 class JsonlSource:
     """Questions of a file in an order shuffled anew each epoch; a function of (seed, position)."""
 
@@ -100,16 +119,10 @@ class JsonlSource:
         self.name = f"jsonl:{path}"
         self.problems = read_jsonl(path, flag)
         self.num_problems = len(self.problems)
-        self.seed = derive_seed(seed, self.name)
-        self._order: tuple[int, list[int]] = (-1, [])
+        self.order = ShuffledEpochs(self.num_problems, derive_seed(seed, self.name))
 
     def problem(self, position: int) -> Problem:
-        epoch, index = divmod(position, self.num_problems)
-        if self._order[0] != epoch:
-            order = list(range(self.num_problems))
-            Random(derive_seed(self.seed, epoch)).shuffle(order)
-            self._order = (epoch, order)
-        return self.problems[self._order[1][index]]
+        return self.problems[self.order.index(position)]
 
 
 def read_jsonl(path: Path, flag: str) -> list[Problem]:
@@ -118,19 +131,22 @@ def read_jsonl(path: Path, flag: str) -> list[Problem]:
         raise ValueError(f"{flag}: {path} is not a file")
     problems: dict[str, Problem] = {}
     num_repeated = 0
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            problem = parse_line(line, f"{path}, line {number}", f"jsonl:{path}/{number}")
-            key = question_key(problem.question)
-            num_repeated += key in problems
-            problems.setdefault(key, problem)
+    for number, line in numbered_lines(path):
+        problem = parse_line(line, f"{path}, line {number}", f"jsonl:{path}/{number}")
+        key = question_key(problem.question)
+        num_repeated += key in problems
+        problems.setdefault(key, problem)
     if not problems:
         raise ValueError(f"{flag}: {path} holds no problem")
     if num_repeated:
         logger.warning("%s: %d lines repeat an earlier question and are left out", path, num_repeated)
     return list(problems.values())
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line) of a text file, blank lines left out."""
+    with path.open(encoding="utf-8") as file:
+        yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
 
 
 def parse_question(line: str, where: str) -> tuple[dict, str, tuple[dict, ...] | None]:

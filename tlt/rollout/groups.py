@@ -5,7 +5,14 @@ from tlt.protocols import PromptSource
 from tlt.rollout.collector import RolloutCollector
 from tlt.types import RolloutGroup, SamplingConfig
 
-ADDED = ("rollout/duration_s", "rollout/preemptions", "reward/timeouts", "reward/errors", "reward/wait_s")
+ADDED = (
+    "rollout/duration_s",
+    "rollout/tail_s",
+    "rollout/preemptions",
+    "reward/timeouts",
+    "reward/errors",
+    "reward/wait_s",
+)
 """Metrics that add up over the rounds of an iteration; the others are means weighted by each round's duration."""
 
 
@@ -48,7 +55,7 @@ def merged(rounds: list[dict[str, float]]) -> dict[str, float]:
     total_s = sum(metrics["rollout/duration_s"] for metrics in rounds)
     result = {}
     for name in rounds[0]:
-        if name in ADDED or name.endswith("tail_s"):
+        if name in ADDED:
             result[name] = sum(metrics[name] for metrics in rounds)
         else:
             weighted = sum(metrics[name] * metrics["rollout/duration_s"] for metrics in rounds)

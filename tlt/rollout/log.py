@@ -28,8 +28,8 @@ class RolloutLog:
         path = self.folder / f"{name}_{iteration:07d}.jsonl"
         partial = path.with_suffix(".tmp")
         with partial.open("w") as file:
-            for record in (record for group in groups for record in records(iteration, group)):
-                file.write(json.dumps(record) + "\n")
+            for group in groups:
+                file.writelines(json.dumps(record) + "\n" for record in records(iteration, group))
         partial.rename(path)
 
 

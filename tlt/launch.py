@@ -1,0 +1,44 @@
+"""How a program under torchrun begins: logging, flags, checks; bad input is one line on rank 0, status 2 on all."""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tlt.arguments import parse
+
+
+def prepare(
+    argv: Sequence[str], *, program: str, description: str, config_class: type,
+    read_inputs: Callable[[Any, int], Any],
+) -> tuple[Any, Any] | int:  # fmt: skip
+    """(config, inputs) of a run, or the exit status where there is none: 2 after bad input, 0 after --dry-run.
+
+    `program` is its path in the repository; `read_inputs(config, world_size)` raises ValueError naming flag or file.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"[rank {rank}] %(message)s" if world_size > 1 else "%(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    logger = logging.getLogger(Path(program).stem)
+    try:
+        config = parse(argv, description, config_class)
+        if not config.training.dry_run and "MASTER_ADDR" not in os.environ:
+            raise ValueError(f"start with torchrun: torchrun --nproc_per_node N {program} ... (or use --dry-run)")
+        inputs = read_inputs(config, world_size)
+    except ValueError as error:
+        if rank == 0:
+            sys.stderr.write(f"{Path(program).name}: error: {error}\n")
+        return 2
+    logger.info("config %s", json.dumps(dataclasses.asdict(config), indent=1))
+    if config.training.dry_run:
+        logger.info("dry run: the configuration is valid for %d ranks", world_size)
+        return 0
+    return config, inputs
