@@ -1,9 +1,9 @@
 """Supervised fine-tuning speed against a plain Hugging Face loop: same model, examples, threads and process.
 
-Both train in bf16 with fp32 master weights and AdamW, one rank, alternating, so that a shared machine's noise hits
-both. The Hugging Face loop is the one people write: batches padded to their longest sequence, as many sequences as fit
-the same number of tokens, `labels` of -100 on the prompt, gradient clipping. Its batches hold sequences of similar
-length (--plain-order sorted, the better case for it) or come in order (shuffled).
+Both train in bf16 with fp32 master weights (--fp32: in fp32 throughout) and AdamW, one rank, alternating, so that a
+shared machine's noise hits both. The Hugging Face loop is the one people write: batches padded to their longest
+sequence, as many sequences as fit the same number of tokens, `labels` of -100 on the prompt, gradient clipping. Its
+batches hold sequences of similar length (--plain-order sorted, the better case for it) or come in order (shuffled).
 """
 
 import argparse
@@ -24,15 +24,17 @@ import torch  # noqa: E402
 
 
 class PlainLoop:
-    """transformers, padded batches, torch.optim.AdamW on fp32 copies of bf16 weights."""
+    """transformers, padded batches, torch.optim.AdamW on fp32 weights (copies of bf16 ones, or the model's own)."""
 
-    def __init__(self, hf_model: str, lr: float):
+    def __init__(self, hf_model: str, lr: float, *, bf16: bool):
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(hf_model, dtype=torch.bfloat16)
+        self.model = AutoModelForCausalLM.from_pretrained(hf_model, dtype=torch.bfloat16 if bf16 else torch.float32)
         self.model.train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.masters = [p.detach().float().requires_grad_(True) for p in self.parameters]
+        self.masters = self.parameters
+        if bf16:
+            self.masters = [p.detach().float().requires_grad_(True) for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.masters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
 
     def step(self, batches: Sequence[Sequence]) -> float:
@@ -53,14 +55,19 @@ class PlainLoop:
             loss = self.model(input_ids=ids, attention_mask=mask, labels=labels).loss * (own / num_response)
             loss.backward()
             total += float(loss.detach())
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
+        self._update()
+        return total
+
+    def _update(self) -> None:
+        copies = [pair for pair in zip(self.masters, self.parameters, strict=True) if pair[0] is not pair[1]]
+        for master, parameter in copies:
             master.grad, parameter.grad = parameter.grad.float(), None
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
         self.optimizer.step()
+        self.optimizer.zero_grad()
         with torch.no_grad():
-            for master, parameter in zip(self.masters, self.parameters, strict=True):
+            for master, parameter in copies:
                 parameter.copy_(master)
-        return total
 
 
 def padded_batches(sequences: Sequence, *, max_tokens: int, order: str) -> list[list]:
@@ -76,7 +83,7 @@ def padded_batches(sequences: Sequence, *, max_tokens: int, order: str) -> list[
     return batches
 
 
-def our_trainer(hf_model: str, lr: float, max_tokens: int):
+def our_trainer(hf_model: str, lr: float, max_tokens: int, *, bf16: bool):
     """The policy trainer on one rank."""
     import torch.distributed as dist
 
@@ -90,7 +97,7 @@ def our_trainer(hf_model: str, lr: float, max_tokens: int):
 
     apply_patches()
     dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
-    model = ModelConfig(hf_model=hf_model, max_tokens_per_micro_batch=max_tokens)
+    model = ModelConfig(hf_model=hf_model, bf16=bf16, max_tokens_per_micro_batch=max_tokens)
     return build_policy_trainer(
         read_hf_config(hf_model), model, OptimizerConfig(lr=lr),
         process_groups.initialize(model, timeout=timedelta(minutes=5)), objective=LikelihoodObjective(),
@@ -117,7 +124,8 @@ def read_steps(args: argparse.Namespace) -> list[tuple]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf-model", required=True, help="Hugging Face directory (bf16)")
+    parser.add_argument("--hf-model", required=True, help="Hugging Face directory")
+    parser.add_argument("--fp32", action="store_true", help="train in fp32; for a CPU without bf16 arithmetic")
     parser.add_argument("--data", type=Path, required=True, help="train.jsonl of tools/make_cold_start.py")
     parser.add_argument("--tokens-per-step", type=int, default=1536, help="default: 1536")
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each, the first not counted")
@@ -130,7 +138,8 @@ def main() -> int:
         return 2
     torch.set_num_threads(args.threads)
     steps = read_steps(args)
-    ours, plain = our_trainer(args.hf_model, 1e-5, args.tokens_per_step), PlainLoop(args.hf_model, 1e-5)
+    ours = our_trainer(args.hf_model, 1e-5, args.tokens_per_step, bf16=not args.fp32)
+    plain = PlainLoop(args.hf_model, 1e-5, bf16=not args.fp32)
     torch.set_num_threads(args.threads)
 
     from tlt.provenance import git_commit
@@ -158,7 +167,8 @@ def main() -> int:
         "ours_tokens_per_s": statistics.median(row["ours_tokens_per_s"] for row in counted),
         "plain_tokens_per_s": statistics.median(row["plain_tokens_per_s"] for row in counted),
         "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-        "threads": args.threads, "plain_order": args.plain_order, "cpu_count": os.cpu_count(), "commit": git_commit(),
+        "threads": args.threads, "bf16": not args.fp32,
+        "plain_order": args.plain_order, "cpu_count": os.cpu_count(), "commit": git_commit(),
         "steps": rows,
     }  # fmt: skip
     if args.out:

@@ -2,8 +2,10 @@
 
 A chain of thought makes deterministic steps; words at forks are drawn, a wrong step now and then is noticed and put
 right, and now and then the whole is checked once more. The length is what the problem needs (number of terms of
-`chain_sum`, number of subtractions of `gcd`), so reinforcement learning cannot remove it by being brief. Problems of
-the files written here are to be kept from RL with --data-exclude.
+`chain_sum`, number of subtractions of `gcd`), so reinforcement learning cannot remove it by being brief. A share of
+the sums (--quick-frac) is answered at a glance instead, which a small model gets wrong more often: whether to take the
+trouble is what reinforcement learning can then find out. Problems of the files written here are to be kept from RL
+with --data-exclude.
 """
 
 import argparse
@@ -52,6 +54,12 @@ CLOSINGS = (
     "That makes {}.",
     "The result is {}.",
 )
+QUICK_OPENINGS = (
+    "This can be added up at a glance.",
+    "I will do this one in my head.",
+    "A quick look is enough here.",
+    "No need to write the steps down.",
+)
 GCD_OPENINGS = (
     "Let me subtract the smaller number from the larger one until both are equal.",
     "I will use repeated subtraction.",
@@ -78,11 +86,14 @@ def step(rng: Random, left: int, sign: str, right: int) -> str:
     return f"{left} {sign} {right} = {wrong}{rng.choice(REGRETS)}{text}"
 
 
-def chain_sum(question: str, rng: Random) -> str:
-    """Terms copied a few at a time, then added one by one to the running total."""
+def chain_sum(question: str, rng: Random, *, quick_frac: float = 0.0) -> str:
+    """Terms copied a few at a time, then added one by one to the running total; or the result at a glance."""
     expression = re.search(r"(-?\d+(?: [+-] \d+)+)", question)[1]
     first, *rest = re.findall(r"(?:^-?|[+-] )\d+", expression)
     terms = [(term[0], int(term[2:])) for term in rest]
+    if rng.random() < quick_frac:
+        total = int(first) + sum(value if sign == "+" else -value for sign, value in terms)
+        return f"{rng.choice(QUICK_OPENINGS)}\n{expression} = {total}.\n{rng.choice(CLOSINGS).format(total)}"
 
     def once() -> tuple[list[str], int]:
         total, position = int(first), 0
@@ -101,8 +112,11 @@ def chain_sum(question: str, rng: Random) -> str:
     return repeated(once, OPENINGS, CLOSINGS, rng)
 
 
-def gcd(question: str, rng: Random) -> str:
-    """Euclid by subtraction: as many steps as the partial quotients of the continued fraction add up to."""
+def gcd(question: str, rng: Random, *, quick_frac: float = 0.0) -> str:
+    """Euclid by subtraction: as many steps as the partial quotients of the continued fraction add up to.
+
+    Never at a glance: small numbers have a divisor that is right so often that guessing would pay.
+    """
     first, second = map(int, re.search(r"numbers: (\d+), (\d+)", question).groups())
 
     def once() -> tuple[list[str], int]:
@@ -128,7 +142,7 @@ def repeated(
     return "\n".join([*lines, rng.choice(closings).format(result)])
 
 
-WRITERS: dict[str, Callable[[str, Random], str]] = {"chain_sum": chain_sum, "gcd": gcd}
+WRITERS: dict[str, Callable[..., str]] = {"chain_sum": chain_sum, "gcd": gcd}
 """Task of reasoning-gym -> chain of thought of one of its questions."""
 
 
@@ -139,7 +153,9 @@ def is_for_cold_start(question: str) -> bool:
     return hashlib.sha256(question_key(question).encode()).digest()[0] % 2 == 0
 
 
-def examples(specs: Sequence[str], weights: Sequence[float], *, num_examples: int, seed: int) -> list[dict]:
+def examples(
+    specs: Sequence[str], weights: Sequence[float], *, num_examples: int, seed: int, quick_frac: float = 0.0
+) -> list[dict]:
     """Distinct problems, sources drawn by weight; every response earns reward 1. ValueError names --sources."""
     from tlt.data.source import derive_seed, parse_source, question_key
     from tlt.rewards.scoring import score
@@ -159,7 +175,7 @@ def examples(specs: Sequence[str], weights: Sequence[float], *, num_examples: in
         if key in found or not is_for_cold_start(problem.question):
             continue
         task = sources[index].name.removeprefix("reasoning-gym:")
-        response = WRITERS[task](problem.question, Random(derive_seed(seed, "words", key)))
+        response = WRITERS[task](problem.question, Random(derive_seed(seed, "words", key)), quick_frac=quick_frac)
         if score(problem.answer, response) != 1.0:
             raise RuntimeError(f"the chain of thought of {problem.question!r} is wrong: {response!r}")
         found[key] = {"prompt": problem.question, "response": response, "task": task}
@@ -181,6 +197,9 @@ def main() -> int:
     parser.add_argument("--weights", nargs="+", type=float, metavar="X", help="share of each source (default: even)")
     parser.add_argument("--num-examples", type=int, default=1000, help="examples to train on (default: 1000)")
     parser.add_argument("--num-held-out", type=int, default=64, help="examples to measure on (default: 64)")
+    parser.add_argument(
+        "--quick-frac", type=float, default=0.0, help="share of sums answered at a glance, in [0, 1] (default: 0)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="default: 1")
     args = parser.parse_args()
     weights = args.weights or [1.0] * len(args.sources)
@@ -189,8 +208,10 @@ def main() -> int:
             raise ValueError(f"--weights must be {len(args.sources)} positive numbers, one per source, got {weights}")
         if args.num_examples < 1 or args.num_held_out < 0:
             raise ValueError("--num-examples must be at least 1 and --num-held-out at least 0")
+        if not 0 <= args.quick_frac <= 1:
+            raise ValueError(f"--quick-frac must be in [0, 1], got {args.quick_frac}")
         total = args.num_examples + args.num_held_out
-        records = examples(args.sources, weights, num_examples=total, seed=args.seed)
+        records = examples(args.sources, weights, num_examples=total, seed=args.seed, quick_frac=args.quick_frac)
     except ValueError as error:
         print(f"make_cold_start.py: error: {error}", file=sys.stderr)
         return 2

@@ -26,22 +26,22 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one core a rank
 launch=("$venv/bin/torchrun" --standalone --nproc_per_node 2)
 
 # The cold start is made once for each content of what it depends on: recipe, data, code and package versions.
-key="$(cd "$root" && find examples/reasoner_cpu/recipe.sh tools/make_cold_start.py tools/train_sft.py \
+key="$( (echo "${PRECISION_ARGS[@]}" && cd "$root" && find examples/reasoner_cpu/recipe.sh tools/make_cold_start.py tools/train_sft.py \
     tools/prepare_smollm2.py requirements-cpu.txt tlt/sft tlt/policy tlt/rl tlt/data tlt/weight_sync megatron_patches \
-    -type f \( -name '*.py' -o -name '*.sh' -o -name '*.txt' \) -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -c1-12)"
+    -type f \( -name '*.py' -o -name '*.sh' -o -name '*.txt' \) -print0 | sort -z | xargs -0 sha256sum) | sha256sum | cut -c1-12)"
 cold="$cache/$key"
 if [[ ! -d "$cold/hf" ]]; then
     echo "reasoner_cpu: cold start into $cold"
     "$venv/bin/python" "$root/tools/make_cold_start.py" --out "$cold/data" "${COLD_START_ARGS[@]}"
     "${launch[@]}" "$root/tools/train_sft.py" --hf-model "$model_dir" --save "$cold/sft" --load "$cold/sft" \
         --data-train "jsonl:$cold/data/train.jsonl" --sft-held-out "jsonl:$cold/data/held_out.jsonl" \
-        --sft-out "$cold/hf" "${PROMPT_ARGS[@]}" "${SFT_ARGS[@]}"
+        --sft-out "$cold/hf" "${PROMPT_ARGS[@]}" "${SFT_ARGS[@]}" "${PRECISION_ARGS[@]}"
 fi
 DATA_ARGS=("${PROMPT_ARGS[@]}" --data-train "${SOURCES[@]}" --data-weights "${WEIGHTS[@]}"
     --data-exclude "$cold/data/train.jsonl" "$cold/data/held_out.jsonl")
 if [[ ! -f "$cold/profile.json" ]]; then
     "${launch[@]}" "$root/pretrain_rl.py" --hf-model "$cold/hf" --save "$cold/evaluation" --train-iters 0 \
-        "${DATA_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${EVAL_ARGS[@]}" --seed 1234
+        "${DATA_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${EVAL_ARGS[@]}" "${PRECISION_ARGS[@]}" --seed 1234
     "$venv/bin/python" "$root/tools/profile_workload.py" "$cold/evaluation" --out "$cold/profile"
 fi
 cat "$cold/profile.md"
@@ -51,7 +51,7 @@ if [[ $cold_start_only == 1 ]]; then
 fi
 
 "${launch[@]}" "$root/pretrain_rl.py" --hf-model "$cold/hf" --save "$run_dir" --load "$run_dir" --seed "$seed" \
-    "${DATA_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${EVAL_ARGS[@]}" "${RL_ARGS[@]}" "$@"
+    "${DATA_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${EVAL_ARGS[@]}" "${RL_ARGS[@]}" "${PRECISION_ARGS[@]}" "$@"
 "$venv/bin/python" "$root/tools/show_run.py" "$run_dir"
 "$venv/bin/python" "$root/tools/profile_workload.py" "$run_dir" --out "$run_dir/profile"
 

@@ -8,7 +8,7 @@ import pytest
 
 from tlt.rewards.scoring import score
 from tools import make_cold_start
-from tools.make_cold_start import chain_sum, examples, gcd, main
+from tools.make_cold_start import QUICK_OPENINGS, chain_sum, examples, gcd, main
 
 SUMS = 'reasoning-gym:chain_sum:{"min_terms": 2, "max_terms": 12, "min_digits": 1, "max_digits": 1}'
 GCD = 'reasoning-gym:gcd:{"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 40}'
@@ -71,3 +71,14 @@ def test_the_tool_writes_what_training_reads_and_names_bad_flags(tmp_path, monke
     monkeypatch.setattr("sys.argv", [*arguments[:4], "reasoning-gym:sudoku"])
     assert main() == 2
     assert "sudoku" in capsys.readouterr().err
+
+
+def test_a_share_of_sums_is_answered_at_a_glance():
+    question = "problem: 4 + 8 - 2 - 9 = "
+    assert "\n4 + 8 - 2 - 9 = 1.\n" in chain_sum(question, Random(1), quick_frac=1.0)
+    assert "4 + 8 - 2 - 9 = 1" not in chain_sum(question, Random(1))
+    assert gcd("numbers: 10, 34.", Random(1), quick_frac=1.0) == gcd("numbers: 10, 34.", Random(1))
+    records = examples([SUMS], [1], num_examples=200, seed=5, quick_frac=0.65)
+    quick = [record for record in records if any(record["response"].startswith(o) for o in QUICK_OPENINGS)]
+    assert 110 <= len(quick) <= 150
+    assert len({record["response"].splitlines()[0] for record in quick}) == len(QUICK_OPENINGS)
