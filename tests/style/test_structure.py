@@ -27,7 +27,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "parallel": {"config"},
     "policy": BASE | {"metrics", "trace", "parallel", "rl"},
     "weight_sync": BASE | {"trace", "parallel", "protocols"},
-    "rollout": BASE | {"trace", "parallel", "protocols", "interrupt", "spec"},
+    "rollout": BASE | {"trace", "parallel", "protocols", "interrupt", "spec", "drafter"},
     "run_state": {"parallel", "protocols", "trace"},
     "evaluation": {"rollout", "types"},
     "loop": {
@@ -36,6 +36,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     },
     "workload": set(),
     "spec": BASE,
+    "drafter": BASE,
     "sft": BASE | {"data", "interrupt", "metrics", "parallel", "policy", "progress", "run_state", "trace"},
     "launch": {"arguments"},
     "build": None,  # knows all classes
