@@ -35,7 +35,8 @@ from tlt.rl.losses import Objective, PolicyObjective
 from tlt.rollout.collector import RolloutCollector
 from tlt.rollout.groups import GroupSampler
 from tlt.rollout.log import RolloutLog
-from tlt.rollout.vllm.engine import VLLMRolloutEngine
+from tlt.rollout.vllm.engine import VLLMRolloutEngine, parse_engine_args
+from tlt.rollout.vllm.speculation import read_spec_plan
 from tlt.run_state import Checkpoints, RunState, latest_checkpoint, read_state
 from tlt.trace import Trace
 from tlt.types import Prompt, SamplingConfig
@@ -75,6 +76,11 @@ class Inputs:
         self.prompts.load_state_dict(begin)
         logger.info("first prompt: %r", first[0].text)
         self.stop_token_ids = stop_token_ids(Path(config.model.hf_model), self.hf_config, self.tokenizer)
+        parse_engine_args(rollout.engine_args)
+        self.spec = read_spec_plan(
+            config.spec, target_config=self.hf_config, dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+            tp_size=rollout.tensor_parallel_size,
+        )  # fmt: skip
         self.checkpoint = find_checkpoint(config)
         self.state = RunState(fingerprint=fingerprint(config), prompt_stream=self.prompts.state_dict())
         if self.checkpoint is not None:
@@ -227,6 +233,7 @@ def build_engine(config: RunConfig, inputs: Inputs, interrupt: Interrupt) -> VLL
         stop_token_ids=inputs.stop_token_ids,
         decode=inputs.tokenizer.decode,
         should_stop=interrupt.is_requested,
+        spec=inputs.spec,
     )
 
 

@@ -39,6 +39,32 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpecStrategy:
+    """How one engine step's drafts are made; equal on all ranks of a replica."""
+
+    method: str
+    """Name of the drafter, or `off`."""
+    num_draft_tokens: int
+
+    def __str__(self) -> str:
+        return self.method if self.num_draft_tokens == 0 else f"{self.method}:{self.num_draft_tokens}"
+
+
+OFF = SpecStrategy(method="off", num_draft_tokens=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenStateSample:
+    """The target's hidden states over one sequence: training data of a drafter. S tokens, H hidden."""
+
+    request_id: str
+    token_ids: torch.Tensor  # [S] int32, CPU: prompt, then response
+    num_prompt_tokens: int
+    last_hidden_states: torch.Tensor  # [S - 1, H] engine dtype, CPU: after the final norm, at the first S - 1 tokens
+    policy_version: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One response of a prompt, as the engine sampled it."""
 
@@ -52,6 +78,12 @@ class Rollout:
     entropies: tuple[float, ...] = ()  # [R], nats, of the same distribution as logprobs; empty where not recorded
     max_probs: tuple[float, ...] = ()  # [R], largest probability: bounds a one-hot draft's acceptance
     replica: int = 0
+    drafter_version: int = -1
+    """Version of the learned drafter when the response ended; -1 without one."""
+    num_drafts: int = 0
+    """Verifications of this response that had draft tokens."""
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,3 +159,11 @@ class EngineStats:
     """Requests that ran in each engine step."""
     step_s: list[float] = field(default_factory=list)
     """Seconds of each engine step."""
+    acceptance: dict = field(default_factory=dict)
+    """`AcceptanceStats` (tlt/spec/acceptance.py) of each drafter, by name."""
+    speculative_step_s: float = 0.0
+    """Seconds of engine steps that verified drafts, their drafting included."""
+    num_strategy_switches: int = 0
+    num_roll_backs: int = 0
+    """Drafters withdrawn because their acceptance collapsed."""
+    drafter_version: int = -1

@@ -4,29 +4,41 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from megatron_patches import apply_patches
-from tlt.config import RolloutConfig
+from tlt.config import RolloutConfig, SpecConfig, read_hf_config
 from tlt.rollout.vllm.engine import VLLMRolloutEngine
+from tlt.rollout.vllm.speculation import read_spec_plan
 from tlt.types import Prompt, Rollout, RolloutGroup, SamplingConfig
 
 EOS = 258  # <|im_end|> of tests/tiny_models.py
 
 
 def make_engine(
-    folder: Path, *, dtype: str = "float32", should_stop: Callable[[], bool] = lambda: False, **config
-) -> VLLMRolloutEngine:
+    folder: Path, *, dtype: str = "float32", should_stop: Callable[[], bool] = lambda: False,
+    spec: SpecConfig | None = None, **config,
+) -> VLLMRolloutEngine:  # fmt: skip
     """Collective over all ranks; all must call."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")  # the world exists already: nothing listens there
     apply_patches()
+    rollout = RolloutConfig(
+        **{"max_num_seqs": 8, "max_model_len": 256, "num_gpu_blocks_override": 256, **config}  # a small cache
+    )
+    plan = read_spec_plan(
+        spec or SpecConfig(), target_config=read_hf_config(str(folder)), dtype=getattr(torch, dtype),
+        tp_size=rollout.tensor_parallel_size,
+    )  # fmt: skip
     return VLLMRolloutEngine(
-        RolloutConfig(**{"max_num_seqs": 8, "max_model_len": 256, **config}),
+        rollout,
         hf_model=str(folder),
         dtype=dtype,
         seed=0,
         stop_token_ids=[EOS],
         decode=lambda ids: " ".join(map(str, ids)),
         should_stop=should_stop,
+        spec=plan,
     )
 
 

@@ -9,6 +9,7 @@ from tlt.config.requirement import require
 from tlt.config.rl import RLConfig
 from tlt.config.rollout import RolloutConfig
 from tlt.config.run import RunConfig
+from tlt.config.spec import SpecConfig
 from tlt.config.training import DataConfig, EvalConfig, RewardConfig, TrainingConfig
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "SpecConfig",
     "TrainingConfig",
     "check",
     "check_policy_layout",

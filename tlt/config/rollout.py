@@ -35,6 +35,9 @@ class RolloutConfig:
     save_interval: int = 0
     """Iterations between which all responses with their probabilities are written to <save>/rollouts; 0 writes
     none."""
+    engine_args: str = "{}"
+    """JSON object of further arguments of vLLM's engine. What other flags decide, or what would change the
+    distribution of responses, is refused."""
     enforce_eager: bool = False
     """Run the engine without CUDA graphs (GPU; a CPU engine always does)."""
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from tlt.config.policy import ModelConfig, OptimizerConfig
 from tlt.config.rl import RLConfig
 from tlt.config.rollout import RolloutConfig
+from tlt.config.spec import SpecConfig
 from tlt.config.training import DataConfig, EvalConfig, RewardConfig, TrainingConfig
 
 
@@ -17,6 +18,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     rl: RLConfig
     rollout: RolloutConfig
+    spec: SpecConfig
     data: DataConfig
     eval: EvalConfig
     reward: RewardConfig

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tlt.interrupt import Interrupt, Interrupted
 from tlt.parallel import Parallel
 from tlt.protocols import RewardFn, RolloutEngine, RolloutInterrupted
+from tlt.spec.acceptance import AcceptanceStats
 from tlt.trace import Trace
 from tlt.types import EngineStats, Prompt, RolloutGroup, SamplingConfig
 
@@ -117,4 +118,30 @@ def rollout_metrics(reports: Sequence[ReplicaReport]) -> dict[str, float]:
         "rollout/idle_frac": sum(idle_s) / (len(reports) * duration_s) if duration_s > 0 else 0.0,
         "rollout/tokens_per_s": num_tokens / duration_s if duration_s > 0 else 0.0,
         "rollout/preemptions": float(sum(report.stats.num_preemptions for report in reports if report.groups)),
+        **spec_metrics(reports),
+    }
+
+
+def spec_metrics(reports: Sequence[ReplicaReport]) -> dict[str, float]:
+    """What speculation did, over all replicas; nothing where nothing was ever drafted."""
+    drafters: dict[str, AcceptanceStats] = {}
+    for report in reports:
+        for name, stats in report.stats.acceptance.items():
+            drafters.setdefault(name, AcceptanceStats()).add(stats)
+    total = AcceptanceStats()
+    for stats in drafters.values():
+        total.add(stats)
+    if not total.num_drafts:
+        return {}
+    step_s = sum(sum(report.stats.step_s) for report in reports)
+    speculative_s = sum(report.stats.speculative_step_s for report in reports)
+    return {
+        **{k: v for name in sorted(drafters) for k, v in drafters[name].metrics(f"spec/{name}").items()},
+        "spec/acceptance_length": total.acceptance_length,
+        "spec/acceptance_rate": total.acceptance_rate,
+        "spec/draft_frac_of_time": total.draft_s / step_s if step_s > 0 else 0.0,
+        "spec/speculative_frac_of_time": speculative_s / step_s if step_s > 0 else 0.0,
+        "spec/strategy_switches": float(sum(report.stats.num_strategy_switches for report in reports)),
+        "spec/roll_backs": float(sum(report.stats.num_roll_backs for report in reports)),
+        "spec/drafter_version": float(max(report.stats.drafter_version for report in reports)),
     }

@@ -12,8 +12,10 @@ import torch
 
 _GOLDEN, _MIX1, _MIX2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
-TOKEN, ACCEPT, RESIDUAL = 0, 1, 2
-"""Streams: the token from the policy; the acceptance of a sampled draft; the token after a rejected one."""
+TOKEN, ACCEPT, RESIDUAL, DRAFT = 0, 1, 2, 3
+"""Streams: the token from the policy; the acceptance of a sampled draft; the token after a rejected one; the draft."""
+RARE_TOKEN = 16
+"""Added to a stream: which of the rare tokens follows where a race is won by them (tlt/spec/race.py)."""
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -23,12 +25,16 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int], *, stream: int) -> torch.Tensor:
-    """[T] float64 in [0, 1), one for each pair of seed and position."""
+def uniforms(
+    seeds: Sequence[int], positions: Sequence[int], *, stream: int, items: Sequence[int] | None = None
+) -> torch.Tensor:
+    """[T] float64 in [0, 1), one for each pair of seed and position (and item, where given)."""
     with np.errstate(over="ignore"):
         state = _mix(np.asarray(seeds, dtype=np.uint64) + _GOLDEN)
         state = _mix(state + np.asarray(positions, dtype=np.uint64) * _GOLDEN)
         state = _mix(state + np.uint64(stream + 1) * _GOLDEN)
+        if items is not None:
+            state = _mix(state + (np.asarray(items, dtype=np.uint64) + np.uint64(1)) * _GOLDEN)
     return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 

@@ -1,10 +1,11 @@
 """RolloutEngine on vLLM: one in-process engine per rank, tensor-parallel over neighbouring ranks of the torchrun
 world."""
 
+import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,22 @@ from tlt.config import RolloutConfig
 from tlt.protocols import OnFinished, RolloutInterrupted
 from tlt.rollout.placement import place_groups
 from tlt.rollout.vllm import readback, sampling
+from tlt.rollout.vllm.drafting import NAME, SEED, speculative_config
+from tlt.rollout.vllm.speculation import SpecPlan, make_speculation
+from tlt.spec.lossless import refuse_lossy
 from tlt.spec.randomness import request_seed
-from tlt.types import EngineStats, Prompt, Rollout, RolloutGroup, SamplingConfig
+from tlt.types import EngineStats, Prompt, Rollout, RolloutGroup, SamplingConfig, SpecStrategy
 
 logger = logging.getLogger(__name__)
 
 STOP_CHECK_STEPS = 8
 """Engine steps between two agreements of a replica's ranks on whether to stop."""
+OWNED = {
+    "model", "dtype", "seed", "tensor_parallel_size", "distributed_executor_backend", "max_model_len", "max_num_seqs",
+    "max_num_batched_tokens", "num_gpu_blocks_override", "gpu_memory_utilization", "enforce_eager",
+    "enable_sleep_mode", "enable_prefix_caching", "logprobs_mode", "disable_log_stats",
+}  # fmt: skip
+"""Arguments of vLLM's engine that this file sets."""
 EMBEDDING = "model.embed_tokens.weight"
 SYNCS_PER_FULL_CHECK = 8
 """Each weight sync reads back the embedding and one weight in this many, another share each time."""
@@ -40,12 +50,27 @@ def set_engine_environment(config: RolloutConfig) -> None:
         os.environ.setdefault(name, value)
 
 
+def parse_engine_args(text: str) -> dict:
+    """Raises ValueError where --rollout-engine-args is no JSON object or sets what it must not."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--rollout-engine-args must be a JSON object, got {text!r}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"--rollout-engine-args must be a JSON object, got {text!r}")
+    refuse_lossy(found, "--rollout-engine-args")
+    owned = sorted(OWNED.intersection(found))
+    if owned:
+        raise ValueError(f"--rollout-engine-args must not set {owned}: other flags decide on them")
+    return found
+
+
 class VLLMRolloutEngine:
     """Engine of this rank's replica; torch.distributed must be initialised, and all ranks build theirs together."""
 
     def __init__(
         self, config: RolloutConfig, *, hf_model: str, dtype: str, seed: int, stop_token_ids: Sequence[int],
-        decode: Callable[[Sequence[int]], str], should_stop: Callable[[], bool],
+        decode: Callable[[Sequence[int]], str], should_stop: Callable[[], bool], spec: SpecPlan,
     ):  # fmt: skip
         set_engine_environment(config)
         from vllm import LLM
@@ -80,12 +105,18 @@ class VLLMRolloutEngine:
             async_scheduling=False,  # the strategy of an engine step is decided between steps
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
+            speculative_config=speculative_config(spec.max_draft_tokens),
+            **parse_engine_args(config.engine_args),
         )
         torch.set_num_threads(num_threads)
         self.engine = self.llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.runner = self.engine.model_executor.driver_worker.worker.model_runner
-        self.sampler = sampling.PositionSampler(self.runner)
+        self.speculation = make_speculation(
+            spec, self.runner, self.scheduler, agree=self._agree_on_drafts, agree_strategy=self._agree_on_strategy,
+            hf_model=hf_model,
+        )  # fmt: skip
+        self.sampler = sampling.PositionSampler(self.runner, self.speculation.ledger)
         self.policy_version = -1
         self.is_asleep = False
         self._stats = EngineStats()
@@ -118,6 +149,7 @@ class VLLMRolloutEngine:
         own = [prompt for prompt, replica in zip(prompts, replicas, strict=True) if replica == self.replica]
         begin_s = time.perf_counter()
         self._stats = EngineStats()
+        self.speculation.begin()
         waiting = {}
         for prompt in own:
             for sample in range(group_size):
@@ -125,18 +157,24 @@ class VLLMRolloutEngine:
                 if request_id in waiting:
                     raise RuntimeError(f"two prompts of one rollout have the id {prompt.prompt_id}")
                 waiting[request_id] = (prompt, sample)
-                params = self._sampling_params(sampling, request_seed(seed, prompt.prompt_id, sample))
+                own_seed = request_seed(seed, prompt.prompt_id, sample)
+                params = self._sampling_params(sampling, seed=own_seed, name=request_id)
                 self.engine.add_request(request_id, {"prompt_token_ids": list(prompt.token_ids)}, params)
 
         finished: dict[str, Rollout] = {}
         for output in self._run(list(waiting)):
             prompt, sample = waiting[output.request_id]
             rollout = self._rollout(output)
+            self.speculation.finished(
+                output.request_id, [*prompt.token_ids, *rollout.token_ids],
+                num_prompt_tokens=len(prompt.token_ids), policy_version=self.policy_version,
+            )  # fmt: skip
             finished[output.request_id] = rollout
             if self.is_replica_leader:
                 on_finished(prompt, sample, rollout)
         self._stats.num_response_tokens = sum(len(rollout.token_ids) for rollout in finished.values())
         self._stats.rollout_s = time.perf_counter() - begin_s
+        self.speculation.report(self._stats)
         return [
             RolloutGroup(
                 prompt=prompt,
@@ -153,10 +191,12 @@ class VLLMRolloutEngine:
                 self.engine.abort_request(request_ids)
                 self.engine.step()  # lets the scheduler free them
                 raise RolloutInterrupted
-            self._before_step()
+            num_running = min(self.scheduler.get_num_unfinished_requests(), self.config.max_num_seqs)
+            self.speculation.before_step(num_running)
             begin_s = time.perf_counter()
             outputs = self.engine.step()
             self._stats.step_s.append(time.perf_counter() - begin_s)
+            self.speculation.after_step(self._stats.step_s[-1])
             self._stats.num_engine_steps += 1
             self._stats.running_requests.append(len(self.scheduler.running))
             waiting = {request.request_id for request in self.scheduler.waiting if request.status.name == "PREEMPTED"}
@@ -164,8 +204,18 @@ class VLLMRolloutEngine:
             preempted = waiting
             yield from (output for output in outputs if output.finished)
 
-    def _before_step(self) -> None:
-        """Where the strategy of an engine step will be set: decided once per replica, the same on all its ranks."""
+    def _agree_on_strategy(self, strategy: SpecStrategy) -> SpecStrategy:
+        """The first rank's choice, on all ranks of the replica."""
+        return strategy if self.replica_group is None else self._from_leader(strategy)
+
+    def _agree_on_drafts(self, drafts: list[list[int]]) -> list[list[int]]:
+        """The first rank's drafts, on all ranks of the replica."""
+        return drafts if self.replica_group is None else self._from_leader(drafts)
+
+    def _from_leader(self, value):
+        box = [value]
+        dist.broadcast_object_list(box, src=self.replica * self.tp_size, group=self.replica_group)
+        return box[0]
 
     def _agree_to_stop(self) -> bool:
         """Whether the replica's first rank was told to stop; asked every few steps so that all leave together."""
@@ -177,7 +227,7 @@ class VLLMRolloutEngine:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.replica_group)
         return bool(flag)
 
-    def _sampling_params(self, config: SamplingConfig, seed: int):
+    def _sampling_params(self, config: SamplingConfig, *, seed: int, name: str):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -191,7 +241,7 @@ class VLLMRolloutEngine:
             logprobs=sampling.NUM_COLUMNS,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={sampling.SEED: seed},
+            extra_args={SEED: seed, NAME: name},
         )
 
     def _rollout(self, output) -> Rollout:
@@ -199,6 +249,7 @@ class VLLMRolloutEngine:
         token_ids = tuple(completion.token_ids)
         rows = completion.logprobs
         text_ids = token_ids[:-1] if completion.finish_reason == "stop" else token_ids
+        drafts = self.speculation.ledger.requests[output.request_id]
         return Rollout(
             token_ids=token_ids,
             logprobs=tuple(row[token].logprob for row, token in zip(rows, token_ids, strict=True)),
@@ -208,7 +259,18 @@ class VLLMRolloutEngine:
             text=self.decode(text_ids),
             finish_reason=completion.finish_reason,
             policy_version=self.policy_version,
+            drafter_version=self.speculation.drafter_version,
+            num_drafts=drafts.num_drafts,
+            num_draft_tokens=drafts.num_draft_tokens,
+            num_accepted_tokens=drafts.num_accepted_tokens,
         )
+
+    def load_drafter(self, tensors: Mapping[str, torch.Tensor], *, drafter_version: int) -> None:
+        """Swap the learned drafter's weights in place, between two engine steps; text is not affected.
+
+        All ranks of the replica must call with the same tensors.
+        """
+        self.speculation.load_drafter(tensors, version=drafter_version)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None:
         """Replace the target model's weights from full tensors under Hugging Face names, consumed as a stream.
@@ -222,6 +284,7 @@ class VLLMRolloutEngine:
             for index, (name, tensor) in enumerate(named_tensors):
                 if name == EMBEDDING or (index + policy_version) % SYNCS_PER_FULL_CHECK == 0:
                     sample[name] = tensor.clone()
+                self.speculation.renew_output(name, tensor)
                 yield name, tensor
 
         num_threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The engine's sampler: tokens are drawn with numbers that belong to (seed, position), drafts are verified on the way.
+"""The engine's sampler: tokens are drawn with numbers of (seed, position), drafts are verified on the way.
 
 Takes the place of vLLM's sampler and rejection sampler in the V1 runner. Plain and speculative steps go through the
 same code, so that a response is the same token for token whatever was drafted (see tlt/spec/verification.py); no
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from tlt.rollout.vllm.drafting import SEED
+from tlt.rollout.vllm.ledger import DraftLedger
+from tlt.spec.race import race
 from tlt.spec.randomness import ACCEPT, RESIDUAL, TOKEN, uniforms
-from tlt.spec.verification import REJECTED, SampledDrafts, draft_rows, inverse_cdf, reject, verify
+from tlt.spec.verification import REJECTED, SampledDrafts, draft_rows, reject, verify
 
-SEED = "seed"
-"""Key of a request's seed in `SamplingParams.extra_args`."""
 ENTROPY, MAX_PROB = -1, -2
 """Token ids, which no token has, under which a token's entropy (nats) and largest probability are reported."""
 NUM_COLUMNS = 2
@@ -23,10 +24,11 @@ NUM_COLUMNS = 2
 
 
 class PositionSampler:
-    """Samples and verifies one engine step of a V1 runner."""
+    """Samples and verifies one engine step of a V1 runner; the ledger knows who drafted what."""
 
-    def __init__(self, runner: Any):
+    def __init__(self, runner: Any, ledger: DraftLedger):
         self.runner = runner
+        self.ledger = ledger
         runner._sample = self.sample
 
     def sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
@@ -40,7 +42,7 @@ class PositionSampler:
         logprobs = self._logprobs(logits, rows)
         probs = logprobs.exp()
         seeds, positions = self._seeds_and_positions(counts, rows)
-        drawn = inverse_cdf(probs, uniforms(seeds, positions, stream=TOKEN).to(logits.device))
+        drawn = race(probs, seeds, positions, stream=TOKEN)
         is_greedy = batch.temperature_cpu[rows] <= 0
         if is_greedy.any():
             drawn = torch.where(torch.from_numpy(is_greedy).to(logits.device), logits.argmax(1), drawn)
@@ -48,6 +50,7 @@ class PositionSampler:
         if spec_decode_metadata is not None:
             drafts = spec_decode_metadata.draft_token_ids.long()
         tokens = verify(drawn, drafts, counts, self._sampled_drafts(probs, drafts, counts, seeds, positions))
+        self.ledger.verified(batch.req_ids, counts, tokens, probs)
         return SamplerOutput(
             sampled_token_ids=tokens.to(torch.int32),
             logprobs_tensors=self._logprobs_tensors(tokens, logprobs, probs, counts),
@@ -83,7 +86,7 @@ class PositionSampler:
         self, probs: torch.Tensor, drafts: torch.Tensor, counts: list[int], seeds: np.ndarray, positions: np.ndarray
     ) -> SampledDrafts | None:
         """Rejection sampling at drafts that were drawn from a q; None where all are one-hot."""
-        found = self.draft_probs(counts)
+        found = self.ledger.draft_probs(self.runner.input_batch.req_ids, counts, probs.shape[1])
         if found is None:
             return None
         index, draft_probs = found
@@ -95,10 +98,6 @@ class PositionSampler:
             probs[torch.from_numpy(rows)], draft_probs, drafts[index], accept=accept, residual=residual
         )
         return SampledDrafts(index=index, stands=stands, replacement=replacement)
-
-    def draft_probs(self, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(which of the step's drafts were drawn from a q [D'], the q's [D', V]); None: all are one-hot."""
-        return None
 
     def _logprobs_tensors(
         self, tokens: torch.Tensor, logprobs: torch.Tensor, probs: torch.Tensor, counts: list[int]

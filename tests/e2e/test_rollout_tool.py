@@ -1,0 +1,120 @@
+"""tools/rollout.py and tools/bench_rollout.py as a user starts them, tiny model; RL with and without speculation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.runs import ROOT, SUMS, finish, flags, records, start
+from tests.engine.test_speculation import PEAKED, write_head
+from tests.tiny_models import write_tiny_model
+
+pytestmark = [pytest.mark.engine, pytest.mark.megatron]
+
+
+def run(tool: str, *arguments: str) -> subprocess.CompletedProcess:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / tool), *arguments], capture_output=True, text=True, check=False,
+        timeout=300, env=environment | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_tiny_model("llama", tmp_path_factory.mktemp("model"), **PEAKED)
+
+
+@pytest.fixture(scope="module")
+def head(model, tmp_path_factory) -> Path:
+    return write_head(tmp_path_factory.mktemp("head"), model)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rollout_gives_the_same_responses_with_and_without_speculation(model, head, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    records_in = [
+        {"prompt": "What is 2 + 2?"}, {"messages": [{"role": "user", "content": "Hello"}]},
+        {"prompt_token_ids": [3, 5, 7, 3, 5]},
+    ]  # fmt: skip
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records_in))
+    common = ["--model", str(model), "--prompts", str(prompts), "--dtype", "float32", "--n", "2", "--max-tokens", "40"]
+    plain = run("rollout.py", *common, "--out", str(tmp_path / "plain.jsonl"))
+    assert plain.returncode == 0, plain.stderr[-2000:]
+    drafted = run(
+        "rollout.py", *common, "--out", str(tmp_path / "drafted.jsonl"), "--drafter", str(head), "--spec-strategy",
+        "eagle:3",
+    )  # fmt: skip
+    assert drafted.returncode == 0, drafted.stderr[-2000:]
+    first, second = lines(tmp_path / "plain.jsonl"), lines(tmp_path / "drafted.jsonl")
+    assert len(first) == 6
+    assert [line["token_ids"] for line in first] == [line["token_ids"] for line in second]
+    assert first[4]["prompt_token_ids"] == [3, 5, 7, 3, 5]
+    assert all(len(line["logprobs"]) == len(line["token_ids"]) for line in second)
+    assert {line["drafter"]["num_drafts"] for line in first} == {0}
+    assert min(line["drafter"]["num_draft_tokens"] for line in second) > 0
+    assert "eagle/acceptance_length" in drafted.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--spec-strategy", "eagle:4"], "needs --spec-drafter"),
+        (["--max-tokens", "5000"], "--max-tokens must be below the context of 512 tokens"),
+        (["--engine-args", '{"min_p": 0.1}'], "must not set min_p"),
+        (["--n", "0"], "--n must be at least 1"),
+    ],
+)
+def test_rollout_refuses_bad_input_in_one_line(model, tmp_path, arguments, message):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    result = run(
+        "rollout.py", "--model", str(model), "--prompts", str(tmp_path / "p.jsonl"), "--out",
+        str(tmp_path / "o.jsonl"), *arguments,
+    )  # fmt: skip
+    assert result.returncode == 2
+    (line,) = [row for row in result.stderr.splitlines() if row.startswith("rollout.py: error:")]
+    assert message in line
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_the_rollout_benchmark_pairs_strategies(model, head, tmp_path):
+    result = run(
+        "bench_rollout.py", "--model", str(model), "--drafter", str(head), "--sources", SUMS, "--strategies",
+        "plain,off,eagle:2,prompt_lookup:3", "--requests-per-rank", "4", "--group-size", "2", "--dtype", "float32",
+        "--max-model-len", "256", "--max-tokens", "60", "--quick", "--json", str(tmp_path / "rows.json"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = {row["strategy"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert set(rows) == {"plain", "off", "eagle:2", "prompt_lookup:3"}
+    assert rows["plain"]["ratio_vs_plain"] == 1
+    assert len({row["num_tokens"] for row in rows.values()}) == 1, "the same responses"
+    assert rows["off"]["acceptance_length"] == 1
+    assert rows["eagle:2"]["drafted_per_verification"] > 1
+    assert 0 < rows["plain"]["one_hot_ceiling"] < 1
+    assert "differ" not in result.stderr
+
+
+def test_rl_is_the_same_run_with_and_without_speculation(model, head, tmp_path):
+    common = {"train_iters": 2, "eval_num_samples": 0, "rollout_max_response_tokens": 60, "rl_optimizer_steps": 1}
+    drafting = {"spec_drafter": head, "spec_strategy": "eagle:3"}
+    outputs = [
+        finish(start(flags(model, tmp_path / name, **common, **extra)))
+        for name, extra in (("plain", {}), ("spec", drafting))
+    ]
+    plain, spec = records(tmp_path / "plain"), records(tmp_path / "spec")
+    assert len(plain) == 3, outputs[0][-3000:]
+    for first, second in zip(plain, spec, strict=True):
+        # Whatever speculation adds are metrics of its own; rounding of other batch shapes is far below these digits.
+        assert {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in first.items()} == {
+            name: second[name] for name in first
+        }
+    assert spec[1]["spec/eagle/num_drafts"] > 0
+    assert 0.5 < spec[1]["spec/speculative_frac_of_time"] < 1
+    assert "spec/acceptance_length" not in plain[1]

@@ -1,0 +1,248 @@
+"""Speculative decoding on the real vLLM, fp32 tiny models: no strategy, drafter, swap or route changes a token.
+
+Sampled drafts, which change tokens but not their distribution, are in test_sampled_drafts.py.
+Not covered: GPU kernels, the V2 runner.
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.ranks import run_ranks
+from tests.engine.engines import generate, make_engine, make_prompts, tokens
+from tests.tiny_models import write_tiny_model
+from tlt.config import SpecConfig, read_hf_config
+from tlt.drafter.model import EagleHead, HeadShape, initialize, save_head
+from tlt.rollout.vllm.learned_drafter import DraftRequest
+from tlt.rollout.vllm.speculation import LEARNED
+from tlt.spec.strategy import FixedStrategy, parse_strategy
+from tlt.types import OFF, SamplingConfig, SpecStrategy
+from tlt.weight_sync.gather import HfDirectory
+
+pytestmark = pytest.mark.engine
+
+GREEDY = SamplingConfig(temperature=0.0, max_response_tokens=40)
+SAMPLINGS = (
+    GREEDY,
+    SamplingConfig(temperature=1.0, max_response_tokens=40),
+    SamplingConfig(temperature=0.7, top_p=0.9, max_response_tokens=40),
+    SamplingConfig(temperature=1.0, top_k=20, max_response_tokens=40, ignore_eos=True),
+)
+PEAKED = {"initializer_range": 0.25}  # logits of a size at which drafts can be right
+
+
+def write_head(folder: Path, target: Path, *, seed: int = 1, draft_token_ids: torch.Tensor | None = None) -> Path:
+    config = read_hf_config(str(target))
+    head = EagleHead(HeadShape.of_target(config), draft_token_ids=draft_token_ids)
+    initialize(head, seed=seed)
+    save_head(head, folder, target_config=config)
+    return folder
+
+
+def agreeing(head: EagleHead) -> dict[str, torch.Tensor]:
+    """Weights under which the head's output is the hidden state it was given: its drafts repeat the target's own
+    last prediction."""
+    tensors = {name: torch.zeros_like(parameter) for name, parameter in head.named_parameters()}
+    size = head.shape.hidden_size
+    tensors["fc.weight"][:, size:] = torch.eye(size)
+    return tensors
+
+
+class EveryStep:
+    """Another strategy at every engine step."""
+
+    max_draft_tokens = 6
+
+    def __init__(self, strategies: list[SpecStrategy]):
+        self.strategies = strategies
+        self.step = 0
+
+    def choose(self, num_running: int) -> SpecStrategy:
+        self.step += 1
+        return self.strategies[self.step % len(self.strategies)]
+
+
+class ByRequest:
+    """Routes each request its own way, and differently as it grows; alike on all ranks, or their collectives part."""
+
+    def __init__(self) -> None:
+        self.routes: set[str] = set()
+
+    def route(self, request: DraftRequest, strategy: SpecStrategy) -> SpecStrategy:
+        choice = (ord(request.name[-1]) + request.num_tokens // 7) % 3
+        route = (OFF, SpecStrategy(method="prompt_lookup", num_draft_tokens=3), strategy)[choice]
+        self.routes.add(route.method)
+        return route
+
+
+def all_tokens(engine, prompts) -> list[dict]:
+    return [tokens(generate(engine, prompts, sampling)) for sampling in SAMPLINGS]
+
+
+def _plain(rank: int, world_size: int, folder: Path, expected: Path, tp_size: int) -> None:
+    engine = make_engine(folder, tensor_parallel_size=tp_size)
+    torch.save(all_tokens(engine, make_prompts(4)), expected)
+    engine.close()
+
+
+def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_file: Path, tp_size: int) -> None:
+    engine = make_engine(
+        folder, spec=SpecConfig(strategy="eagle:6", drafter=str(head)), tensor_parallel_size=tp_size
+    )  # fmt: skip
+    expected, prompts, speculation = torch.load(expected_file), make_prompts(4), engine.speculation
+
+    def check(label: str) -> None:
+        for sampling, plain in zip(SAMPLINGS, expected, strict=True):
+            assert tokens(generate(engine, prompts, sampling)) == plain, (label, sampling)
+
+    fixed = [("coupled", ("off", "eagle:1", "eagle:6", "prompt_lookup:4")), ("one-hot", ("eagle:2", "eagle:6"))]
+    for drafts, strategies in fixed if tp_size == 1 else [("coupled", ("eagle:6",))]:
+        speculation.learned.drafts = drafts
+        for strategy in strategies:
+            speculation.policy = FixedStrategy(parse_strategy(strategy, "test"))
+            check(f"{drafts} {strategy}")
+    rng = random.Random(0)
+    choices = [OFF, *(parse_strategy(f"{m}:{k}", "test") for m in ("eagle", "prompt_lookup") for k in (1, 2, 3, 6))]
+    speculation.policy = EveryStep([rng.choice(choices) for _ in range(101)])
+    check("another strategy every step")
+    assert engine.stats().num_strategy_switches > 20
+    speculation.policy = FixedStrategy(parse_strategy("eagle:4", "test"))
+    router = ByRequest()
+    speculation.drafting.router = router
+    check("routed by request")
+    assert router.routes == {"off", "prompt_lookup", "eagle"}
+    assert set(engine.stats().acceptance) >= {"prompt_lookup", "eagle"}
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_no_strategy_changes_a_token(tmp_path, kind):
+    folder = write_tiny_model(kind, tmp_path, **PEAKED)
+    head = write_head(tmp_path / "head", folder, draft_token_ids=torch.arange(0, 512, 2) if kind == "qwen3" else None)
+    run_ranks(_plain, 1, folder, tmp_path / "plain.pt", 1)
+    run_ranks(_identity, 1, folder, head, tmp_path / "plain.pt", 1)
+
+
+def test_no_strategy_changes_a_token_on_two_tensor_parallel_ranks(tmp_path):
+    folder = write_tiny_model("llama", tmp_path, **PEAKED)
+    head = write_head(tmp_path / "head", folder)
+    run_ranks(_plain, 1, folder, tmp_path / "plain.pt", 1)
+    run_ranks(_identity, 2, folder, head, tmp_path / "plain.pt", 2)
+
+
+def _swaps(rank: int, world_size: int, folder: Path, head_folder: Path) -> None:
+    """Drafters of every quality come and go in mid-rollout; text stays, acceptance follows."""
+    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:4", drafter=str(head_folder), collapse_frac=0.0))
+    prompts, speculation = make_prompts(4), engine.speculation
+    learned = speculation.learned
+    random_weights = {name: p.detach().clone() for name, p in learned.head.named_parameters()}
+    speculation.policy = FixedStrategy(OFF)
+    plain = tokens(generate(engine, prompts, GREEDY))
+    speculation.policy = FixedStrategy(SpecStrategy(method=LEARNED, num_draft_tokens=4))
+
+    lengths = {}
+    step, swap_at = {"now": 0}, {}
+    before = speculation.before_step
+
+    def before_step(num_running: int) -> None:
+        step["now"] += 1
+        if step["now"] in swap_at:
+            engine.load_drafter(swap_at[step["now"]], drafter_version=learned.version + 1)
+        before(num_running)
+
+    speculation.before_step = before_step
+    for label, swaps in {
+        "random": {1: random_weights}, "agreeing": {1: agreeing(learned.head)},
+        "to random in mid-rollout": {1: agreeing(learned.head), 5: random_weights},
+    }.items():  # fmt: skip
+        step["now"], swap_at = 0, swaps
+        version = learned.version
+        groups = generate(engine, prompts, GREEDY)
+        assert tokens(groups) == plain, label
+        assert {rollout.drafter_version for group in groups for rollout in group.rollouts} <= {
+            *range(version, learned.version + 1)
+        }
+        lengths[label] = engine.stats().acceptance[LEARNED].acceptance_rate
+    assert lengths["random"] < 0.05
+    assert lengths["agreeing"] > 0.95
+    assert lengths["random"] < lengths["to random in mid-rollout"] < lengths["agreeing"]
+    with pytest.raises(ValueError, match="the drafter has the weights"):
+        engine.load_drafter({"fc.weight": torch.zeros(1)}, drafter_version=9)
+    engine.close()
+
+
+def test_drafters_swapped_in_mid_rollout_change_acceptance_but_no_token(tmp_path):
+    # All layers of the target add nothing: its hidden state is its token's embedding, greedy text repeats one token,
+    # and a head that returns what it was given always agrees.
+    folder = write_tiny_model("llama", tmp_path)
+    silence(folder)
+    run_ranks(_swaps, 1, folder, write_head(tmp_path / "head", folder))
+
+
+def silence(folder: Path) -> None:
+    """Zero what every layer adds to the residual stream."""
+    from safetensors.torch import save_file
+
+    tensors = {name: file.get_tensor(name) for name, file in HfDirectory(folder).owner.items()}
+    for name in tensors:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _collapses(rank: int, world_size: int, folder: Path, head_folder: Path) -> None:
+    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:4", drafter=str(head_folder), drafts="one-hot"))
+    prompts, speculation = make_prompts(6), engine.speculation
+    learned = speculation.learned
+    garbage = {name: p.detach().clone() for name, p in learned.head.named_parameters()}
+    engine.load_drafter(agreeing(learned.head), drafter_version=1)
+    plain = tokens(generate(engine, prompts, GREEDY))
+    assert engine.stats().num_roll_backs == 0
+    engine.load_drafter(garbage, drafter_version=2)
+    assert tokens(generate(engine, prompts, GREEDY)) == plain
+    stats = engine.stats()
+    assert (stats.num_roll_backs, stats.drafter_version) == (1, 3)
+    # Noticed after `window` drafts: what came before was in vain, what comes after is right again.
+    acceptance = stats.acceptance[LEARNED]
+    rejected = sum(acceptance.drafted) - sum(acceptance.accepted)
+    assert rejected <= speculation.watchdog.window + len(prompts) * 2 * 4
+    assert tokens(generate(engine, prompts, GREEDY)) == plain
+    assert engine.stats().acceptance[LEARNED].acceptance_rate > 0.95
+    assert engine.stats().num_roll_backs == 0
+    engine.close()
+
+
+def test_a_drafter_that_collapses_is_withdrawn(tmp_path):
+    folder = write_tiny_model("llama", tmp_path)
+    silence(folder)
+    run_ranks(_collapses, 1, folder, write_head(tmp_path / "head", folder))
+
+
+def _thousands_of_steps(rank: int, world_size: int, folder: Path, head: Path, expected_file: Path) -> None:
+    rng = random.Random(3)
+    choices = [OFF, *(parse_strategy(f"{m}:{k}", "test") for m in ("eagle", "prompt_lookup") for k in range(1, 7))]
+    sampling = SamplingConfig(temperature=1.0, max_response_tokens=400, ignore_eos=True)
+    spec = SpecConfig(strategy="eagle:6", drafter=str(head)) if world_size > 1 else None
+    engine = make_engine(folder, spec=spec, tensor_parallel_size=world_size, max_model_len=512)
+    if world_size > 1:
+        engine.speculation.policy = EveryStep([rng.choice(choices) for _ in range(997)])
+    found, num_steps = [], 0
+    for seed in range(7):
+        found.append(tokens(generate(engine, make_prompts(3), sampling, seed=seed)))
+        num_steps += engine.stats().num_engine_steps
+    if world_size == 1:
+        torch.save(found, expected_file)
+    else:
+        assert num_steps >= 2000
+        assert found == torch.load(expected_file)
+    engine.close()
+
+
+@pytest.mark.slow
+def test_two_tensor_parallel_ranks_agree_for_thousands_of_steps(tmp_path):
+    folder = write_tiny_model("llama", tmp_path, **PEAKED)
+    head = write_head(tmp_path / "head", folder)
+    run_ranks(_thousands_of_steps, 1, folder, head, tmp_path / "plain.pt")
+    run_ranks(_thousands_of_steps, 2, folder, head, tmp_path / "plain.pt")

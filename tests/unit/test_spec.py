@@ -1,0 +1,146 @@
+"""Strategies, acceptance statistics, watchdog, guard, ledger and hidden-state buffer against small tables."""
+
+import pytest
+import torch
+
+from tlt.drafter.buffer import HiddenStateBuffer, num_bytes
+from tlt.rollout.vllm.ledger import DraftLedger, Proposal
+from tlt.spec.acceptance import AcceptanceStats
+from tlt.spec.lossless import REFUSED, refuse_lossy
+from tlt.spec.strategy import FixedStrategy, parse_strategy
+from tlt.spec.verification import REJECTED
+from tlt.spec.watchdog import Watchdog
+from tlt.types import OFF, HiddenStateSample, SpecStrategy
+
+
+def test_strategies_are_parsed_and_printed():
+    strategy = parse_strategy("eagle:4", "--spec-strategy")
+    assert strategy == SpecStrategy(method="eagle", num_draft_tokens=4)
+    assert str(strategy) == "eagle:4"
+    assert parse_strategy("off", "--spec-strategy") == OFF
+    assert str(OFF) == "off"
+
+
+@pytest.mark.parametrize("text", ["eagle", "eagle:0", "eagle:33", "eagle:x", "medusa:3", "", "off:2"])
+def test_a_bad_strategy_is_refused_by_name(text):
+    with pytest.raises(ValueError, match="--spec-strategy must be `off` or `<method>:<draft tokens>`"):
+        parse_strategy(text, "--spec-strategy")
+
+
+def test_a_fixed_strategy_is_off_above_its_threshold():
+    policy = FixedStrategy(parse_strategy("eagle:4", "x"), max_running_requests=8)
+    assert [str(policy.choose(n)) for n in (1, 8, 9)] == ["eagle:4", "eagle:4", "off"]
+    assert str(FixedStrategy(parse_strategy("eagle:4", "x")).choose(1000)) == "eagle:4"
+    assert FixedStrategy(OFF).max_draft_tokens == 0
+
+
+def test_acceptance_statistics_of_a_table():
+    stats = AcceptanceStats()
+    stats.count(3, 3, 2.7)
+    stats.count(3, 1, 1.5)  # the second draft was rejected: two positions were decided
+    stats.count(2, 0, 0.4)
+    metrics = stats.metrics("d")
+    assert metrics["d/acceptance_length"] == pytest.approx(1 + 4 / 3)
+    assert metrics["d/acceptance_rate"] == pytest.approx(4 / 8)
+    assert [metrics[f"d/acceptance_rate_{i}"] for i in (1, 2, 3)] == pytest.approx([2 / 3, 1 / 3, 1 / 2])
+    assert metrics["d/acceptance_ceiling"] == pytest.approx((2.7 + 1.5 + 0.4) / (3 + 2 + 1))
+    assert "d/overlap" not in metrics
+    assert AcceptanceStats().metrics("d") == {}
+    assert AcceptanceStats().acceptance_length == 1
+    both = AcceptanceStats()
+    both.count(5, 4, 4.0)
+    both.add(stats)
+    assert both.drafted == [4, 4, 3, 1, 1]
+    assert both.accepted == [3, 2, 2, 1, 0]
+
+
+def test_the_watchdog_withdraws_a_drafter_that_is_much_worse_and_only_that():
+    def rates(*pairs, collapse_frac=0.5) -> list[bool]:
+        watchdog = Watchdog(collapse_frac=collapse_frac, window=100)
+        found = []
+        for rate in pairs:
+            found.append(any([watchdog.count(10, round(10 * rate)) for _ in range(30)]))
+            watchdog.drafter_changed()
+        return found
+
+    assert rates(0.8, 0.7, 0.2, 0.2) == [False, False, True, False]
+    assert rates(0.8, 0.4) == [False, False]
+    assert rates(0.8, 0.0, collapse_frac=0.0) == [False, False]
+    watchdog = Watchdog(collapse_frac=0.5, window=100)
+    watchdog.count(50, 50)  # too few to be a baseline
+    watchdog.drafter_changed()
+    assert not any([watchdog.count(10, 0) for _ in range(50)])
+
+
+def test_the_watchdog_notices_within_its_window():
+    watchdog = Watchdog(collapse_frac=0.5, window=100)
+    watchdog.count(200, 160)
+    watchdog.drafter_changed()
+    assert [watchdog.count(10, 0) for _ in range(12)] == [False] * 9 + [True, False, False]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_lossy_settings_are_refused_with_a_reason(name):
+    with pytest.raises(ValueError, match=f"--rollout-engine-args must not set {name}"):
+        refuse_lossy({"max_logprobs": 3, name: 1}, "--rollout-engine-args")
+
+
+def test_harmless_settings_pass():
+    refuse_lossy({"max_logprobs": 3, "kv_cache_dtype": "auto"}, "x")
+
+
+def test_the_ledger_counts_what_stood_and_gives_q_of_sampled_drafts_only():
+    ledger = DraftLedger()
+    q = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    ledger.proposals = {
+        "a": Proposal(
+            drafter="eagle", request_name="a", token_ids=[1, 3], is_sampled=True, draft_probs=q,
+            draft_token_ids=torch.tensor([1, 3]),
+        ),
+        "b": Proposal(drafter="lookup", request_name="b", token_ids=[2]),
+    }  # fmt: skip
+    index, probs = ledger.draft_probs(["b", "c", "a"], [1, 0, 2], 4)
+    assert index.tolist() == [1, 2]
+    assert probs.tolist() == [[0, 0.5, 0, 0.5], [0, 0.25, 0, 0.75]]
+    assert ledger.draft_probs(["b"], [1], 4) is None
+    cut = ledger.draft_probs(["a"], [1], 4)
+    assert cut[1].tolist() == [[0, 0.5, 0, 0.5]], "vLLM may verify fewer drafts than were proposed"
+
+    rows = torch.full((3 + 1 + 2, 4), 0.25)
+    rows[2] = torch.tensor([0.1, 0.2, 0.3, 0.4])  # a: its first draft is decided here, and its second below
+    rows[3] = torch.tensor([0.0, 0.1, 0.0, 0.9])
+    tokens = torch.tensor([[2, 0, REJECTED], [1, REJECTED, REJECTED], [1, 0, REJECTED]])
+    ledger.verified(["b", "c", "a"], [1, 0, 2], tokens, rows)
+    eagle, lookup = ledger.stats["eagle"], ledger.stats["lookup"]
+    assert (lookup.drafted, lookup.accepted) == ([1], [1])
+    assert (eagle.drafted, eagle.accepted) == ([1, 1], [1, 0])
+    assert lookup.max_prob_sum == pytest.approx(0.25)
+    assert ledger.requests["a"].num_accepted_tokens == 1
+    assert "c" not in ledger.requests
+    # rows of a: 3, 4 and 5; decided: 3 (accepted) and 4 (rejected)
+    assert eagle.max_prob_sum == pytest.approx(0.9 + 0.25)
+    assert eagle.overlap_sum == pytest.approx(min(0.1, 0.5) + min(0.9, 0.5) + 0.25 + 0.25)
+    ledger.forget(["a", "zzz"])
+    assert set(ledger.proposals) == {"b"}
+
+
+def sample(name: str, length: int) -> HiddenStateSample:
+    return HiddenStateSample(
+        request_id=name,
+        token_ids=torch.zeros(length, dtype=torch.int32),
+        num_prompt_tokens=1,
+        last_hidden_states=torch.zeros(length - 1, 8),
+        policy_version=0,
+    )
+
+
+def test_the_buffer_never_exceeds_its_bytes_and_drops_the_oldest():
+    buffer = HiddenStateBuffer(3 * num_bytes(sample("x", 10)))
+    for index in range(5):
+        buffer.add(sample(str(index), 10))
+        assert buffer.num_bytes <= buffer.max_bytes
+    assert [one.request_id for one in buffer] == ["2", "3", "4"]
+    assert (len(buffer), buffer.num_dropped) == (3, 2)
+    buffer.add(sample("too long", 1000))
+    assert len(buffer) == 0 or "too long" not in [one.request_id for one in buffer]
+    assert not HiddenStateBuffer(0).is_open

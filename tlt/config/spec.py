@@ -1,0 +1,38 @@
+"""Speculative decoding of rollouts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tlt.config.requirement import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecConfig:
+    """Flags --spec-*: lossless speculative decoding; responses have the policy's distribution whatever is drafted."""
+
+    strategy: str = "off"
+    """What drafts: `eagle:<tokens>` (the head of --spec-drafter), `prompt_lookup:<tokens>` (n-gram match in the
+    request's own text), or `off`."""
+    max_running_requests: int | None = None
+    """Speculate in engine steps with at most this many running requests (the long tail); None means always."""
+    drafter: str | None = None
+    """Directory of an EAGLE head (config.json, model.safetensors) for the policy."""
+    drafts: Literal["coupled", "one-hot", "sampled"] = "coupled"
+    """How a learned drafter's tokens are chosen: drawn from its own distribution with the numbers that the policy will
+    draw with (coupled) or its best token (one-hot), which both leave each response token for token as without
+    speculation; or drawn independently and verified by rejection sampling (sampled), which leaves its distribution."""
+    collapse_frac: float = 0.5
+    """A newly loaded drafter whose acceptance rate falls below this share of its predecessor's is withdrawn."""
+    hidden_states_mib: int = 0
+    """MiB of host memory on each rank for hidden states of finished responses, the drafter's training data; 0 keeps
+    none."""
+
+    def __post_init__(self):
+        require(
+            self.max_running_requests is None or self.max_running_requests >= 1,
+            "--spec-max-running-requests",
+            self.max_running_requests,
+            "at least 1",
+        )
+        require(0 <= self.collapse_frac < 1, "--spec-collapse-frac", self.collapse_frac, "in [0, 1)")
+        require(self.hidden_states_mib >= 0, "--spec-hidden-states-mib", self.hidden_states_mib, "at least 0")

@@ -1,0 +1,221 @@
+"""EAGLE-style drafter: one decoder layer over [token embedding, target hidden state]; one module trains and drafts.
+
+Embedding and LM head are the target's own, frozen and not part of this module (Li et al., EAGLE, arXiv 2401.15077). At
+position t the input is the target's last hidden state h_t (after its final norm) and the embedding of token t + 1;
+the output takes the place of h_{t+1}, so the LM head on it predicts token t + 2. Weight names and shapes are those of
+vLLM's method `eagle` (a Llama layer without input norm), whatever the target's architecture.
+
+Shapes: T tokens, H hidden, D head dimension.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.functional import rms_norm, silu
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(q [T, heads, D], k and v [T, key-value heads, D]) -> [T, heads, D]: over packed sequences, or an engine's cache."""
+
+WEIGHTS = "model.safetensors"
+DRAFT_TOKEN_IDS = "draft_token_ids"
+"""Tensor [V_draft] int64 of the directory: tokens that may be drafted; without it all may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadShape:
+    """Sizes of a head, taken from its target's config."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_parameters: dict
+    max_position_embeddings: int
+
+    @classmethod
+    def of_target(cls, hf_config: dict) -> "HeadShape":
+        """From a target's config.json (Llama, Qwen2, Qwen3), or from a head's own."""
+        heads = hf_config["num_attention_heads"]
+        rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
+        rope.setdefault("rope_theta", hf_config.get("rope_theta", 10000.0))
+        rope.setdefault("rope_type", rope.pop("type", "default"))
+        return cls(
+            hidden_size=hf_config["hidden_size"],
+            intermediate_size=hf_config["intermediate_size"],
+            num_attention_heads=heads,
+            num_key_value_heads=hf_config.get("num_key_value_heads") or heads,
+            head_dim=hf_config.get("head_dim") or hf_config["hidden_size"] // heads,
+            rms_norm_eps=hf_config["rms_norm_eps"],
+            rope_parameters=rope,
+            max_position_embeddings=hf_config["max_position_embeddings"],
+        )
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class Rotary(nn.Module):
+    """Rotary embedding, rotated by halves as in Llama; frequencies as transformers computes them for the config."""
+
+    def __init__(self, shape: HeadShape):
+        super().__init__()
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        config = LlamaConfig(
+            hidden_size=shape.hidden_size, num_attention_heads=shape.num_attention_heads, head_dim=shape.head_dim,
+            rope_parameters=shape.rope_parameters, max_position_embeddings=shape.max_position_embeddings,
+        )  # fmt: skip
+        embedding = LlamaRotaryEmbedding(config)
+        positions = torch.arange(shape.max_position_embeddings, dtype=torch.float32)
+        angles = positions[:, None] * embedding.inv_freq.float()
+        scale = float(embedding.attention_scaling)
+        self.register_buffer("cos", angles.cos() * scale, persistent=False)  # [positions, D / 2]
+        self.register_buffer("sin", angles.sin() * scale, persistent=False)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """x [T, heads, D]; cos and sin [T, 1, D / 2] float32."""
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: HeadShape):
+        super().__init__()
+        self.shape = shape
+        width, kv_width = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
+        self.q_proj = nn.Linear(shape.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, rotary: Rotary, cos: torch.Tensor, sin: torch.Tensor, attend: Attend):
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.shape.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(attend(rotary(q, cos, sin), rotary(k, cos, sin), v).flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, shape: HeadShape):
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """A Llama layer without input norm: its input is no residual stream."""
+
+    def __init__(self, shape: HeadShape):
+        super().__init__()
+        self.self_attn = Attention(shape)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.mlp = MLP(shape)
+
+    def forward(self, x: torch.Tensor, rotary: Rotary, cos: torch.Tensor, sin: torch.Tensor, attend: Attend):
+        x = x + self.self_attn(x, rotary, cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class EagleHead(nn.Module):
+    """`fc` and one layer. `draft_token_ids` names the tokens it may draft (None: all)."""
+
+    def __init__(self, shape: HeadShape, *, draft_token_ids: torch.Tensor | None = None):
+        super().__init__()
+        self.shape = shape
+        self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=False)
+        self.layers = nn.ModuleList([Layer(shape)])
+        self.rotary = Rotary(shape)
+        self.draft_token_ids = draft_token_ids
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,  # [T, H] of token t + 1
+        hidden_states: torch.Tensor,  # [T, H] of the target at t, after its final norm, or this head's own
+        position_ids: torch.Tensor,  # [T]: t
+        attend: Attend,
+    ) -> torch.Tensor:
+        """[T, H]: what takes the place of the target's hidden state at t + 1."""
+        x = self.fc(torch.cat([embeddings, hidden_states], dim=-1))
+        cos, sin = self.rotary.cos[position_ids, None], self.rotary.sin[position_ids, None]
+        return self.layers[0](x, self.rotary, cos, sin, attend)
+
+
+def initialize(head: EagleHead, *, seed: int, hidden_std: float = 1.0, embedding_std: float = 1.0) -> None:
+    """Random weights from which training converges: both halves of `fc` count alike, and the layer starts small.
+
+    Embeddings can be an order smaller than hidden states (SmolLM2: 0.14 against 1.9).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if parameter.ndim != 2:
+                continue
+            std = parameter.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std *= 0.2
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+        head.fc.weight[:, : head.shape.hidden_size] *= hidden_std / embedding_std
+
+
+def save_head(head: EagleHead, folder: Path, *, target_config: dict) -> None:
+    """Write a Hugging Face directory that stock vLLM loads with method `eagle` where all tokens may be drafted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in head.state_dict().items()}
+    if head.draft_token_ids is not None:
+        tensors[DRAFT_TOKEN_IDS] = head.draft_token_ids.cpu()
+    config = {
+        **asdict(head.shape), "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1,
+        "vocab_size": target_config["vocab_size"], "hidden_act": "silu", "tie_word_embeddings": False,
+        "rope_theta": head.shape.rope_parameters["rope_theta"],
+        "dtype": str(next(head.parameters()).dtype).removeprefix("torch."),
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    partial = folder / (WEIGHTS + ".tmp")
+    save_file(tensors, partial)
+    partial.rename(folder / WEIGHTS)
+
+
+def load_head(folder: Path, *, flag: str, target_config: dict, dtype: torch.dtype) -> EagleHead:
+    """The head of a directory. Raises ValueError naming `flag` where it is none, or not one of this target."""
+    if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{flag} must be a directory with config.json and {WEIGHTS} of an EAGLE head, got {folder}")
+    config = json.loads((folder / "config.json").read_text())
+    if config["hidden_size"] != target_config["hidden_size"]:
+        raise ValueError(
+            f"{flag} {folder}: its hidden size {config['hidden_size']} is not the target's "
+            f"({target_config['hidden_size']})"
+        )
+    tensors = read_tensors(folder)
+    head = EagleHead(HeadShape.of_target(config), draft_token_ids=tensors.pop(DRAFT_TOKEN_IDS, None))
+    missing, unexpected = head.load_state_dict(tensors, strict=False)
+    if missing or unexpected:
+        raise ValueError(f"{flag} {folder}: weights missing {missing}, not of an EAGLE head {unexpected}")
+    return head.to(dtype).requires_grad_(False)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a head's directory, but for frozen copies of embedding and LM head, which some tools write."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        names = file.keys()
+        frozen = ("embed_tokens.weight", "lm_head.weight")
+        return {name: file.get_tensor(name) for name in names if not name.endswith(frozen)}

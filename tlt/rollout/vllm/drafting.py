@@ -1,0 +1,174 @@
+"""Drafts of the next engine step, proposed at the end of this one: the seam between vLLM's V1 runner and our drafters.
+
+Takes the place of the runner's `propose_draft_token_ids`. vLLM is told that a `custom_class` drafts (`Proposer`), so
+its scheduler verifies whatever lists it is given, of any length per request, empty ones included. On the V2 runner the
+same object would wrap `model_runner.speculator.propose`, whose arguments hold the same tensors, with every number of
+draft tokens in the start-up schedule so that a full graph of each exists; that seam is not built.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from tlt.rollout.vllm.learned_drafter import DraftRequest
+from tlt.rollout.vllm.ledger import DraftLedger, Proposal
+from tlt.types import OFF, SpecStrategy
+
+logger = logging.getLogger(__name__)
+
+SEED, NAME = "seed", "name"
+"""Keys of a request's seed and name in `SamplingParams.extra_args`."""
+
+Agree = Callable[[list[list[int]]], list[list[int]]]
+"""Makes the lists of a replica's first rank those of all its ranks."""
+
+
+class Proposer:
+    """What vLLM believes to be the drafter; `Drafting` takes its calls away."""
+
+    def __init__(self, vllm_config: Any):
+        self.vllm_config = vllm_config
+
+    def load_model(self, target: Any) -> None:
+        """Nothing: drafters are installed by the engine."""
+
+    def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """Refuses: a draft that does not come through `Drafting` would not be in the ledger."""
+        raise RuntimeError("the engine's drafting was not installed")
+
+
+def speculative_config(max_draft_tokens: int) -> dict | None:
+    """vLLM's setting for drafts of ours; None leaves vLLM without any code of speculation."""
+    if max_draft_tokens == 0:
+        return None
+    return {
+        "method": "custom_class",
+        "model": f"{Proposer.__module__}.{Proposer.__qualname__}",
+        "num_speculative_tokens": max_draft_tokens,
+    }
+
+
+def request_name(runner: Any, request_id: str) -> str:
+    """The name under which a request was given to the engine; requests of others have vLLM's id."""
+    return (runner.requests[request_id].sampling_params.extra_args or {}).get(NAME, request_id)
+
+
+class EngineDrafter(Protocol):
+    """Drafts for some rows of the batch; anything it does is a function of their past."""
+
+    def draft(self, requests: Sequence[DraftRequest]) -> Mapping[str, Proposal]:
+        """Proposals by request id; a request may get fewer tokens than it asks for, or none."""
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """These requests ended or lost their blocks."""
+
+
+class Router(Protocol):
+    """Which drafter drafts how much for each request."""
+
+    def route(self, request: DraftRequest, strategy: SpecStrategy) -> SpecStrategy:
+        """A pure function of the request's past."""
+
+
+class OneForAll:
+    """Every request gets the engine step's strategy."""
+
+    def route(self, request: DraftRequest, strategy: SpecStrategy) -> SpecStrategy:
+        return strategy
+
+
+class NoHiddenStates:
+    """Stands for a token pool where no one needs hidden states."""
+
+    def write(self, slots: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Nothing."""
+
+
+class Drafting:
+    """Proposes after each engine step what `strategy` says; installed over a runner whose spec method is custom."""
+
+    def __init__(
+        self, runner: Any, scheduler: Any, *, drafters: Mapping[str, EngineDrafter], ledger: DraftLedger, pool: Any,
+        agree: Agree, max_draft_tokens: int,
+    ):  # fmt: skip
+        self.runner = runner
+        self.drafters = drafters
+        self.ledger = ledger
+        self.pool = pool
+        self.agree = agree
+        self.router: Router = OneForAll()
+        self.strategy = OFF
+        runner.propose_draft_token_ids = self.propose
+        # Requests near the context's end get fewer drafts below; vLLM would invent some for the whole batch instead.
+        runner.effective_drafter_max_model_len = runner.max_model_len + max_draft_tokens + 1
+        # A drafter writes keys ahead of the tokens that are scheduled: their slots must be allocated.
+        scheduler.num_lookahead_tokens = max_draft_tokens
+        # Otherwise vLLM pads requests that enter with a single token to draft, with drafts that no one proposed.
+        scheduler.dynamic_sd_lookup = [max_draft_tokens] * (runner.max_num_reqs + 1)
+
+    def propose(
+        self, scheduler_output: Any, sampled_token_ids: list[list[int]], sampling_metadata: Any,
+        hidden_states: torch.Tensor, sample_hidden_states: torch.Tensor, aux_hidden_states: Any,
+        spec_decode_metadata: Any, common_attn_metadata: Any, slot_mappings: Any,
+    ) -> list[list[int]]:  # fmt: skip
+        """[B] lists of draft tokens; the runner's own method has these arguments."""
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        self.pool.write(common_attn_metadata.slot_mapping[:num_tokens], hidden_states[:num_tokens])
+        gone = [*scheduler_output.finished_req_ids, *scheduler_output.scheduled_cached_reqs.resumed_req_ids]
+        for drafter in self.drafters.values():
+            drafter.forget(gone)
+        request_ids = self.runner.input_batch.req_ids
+        self.ledger.forget([*gone, *request_ids])
+        if self.strategy.num_draft_tokens == 0:
+            return [[] for _ in request_ids]
+        proposals = self._proposals(self._requests(sampled_token_ids))
+        own = [proposals[name].token_ids if name in proposals else [] for name in request_ids]
+        drafts = self.agree(own)
+        if drafts != own:  # the replica's first rank rounded differently: its tokens are what will be verified
+            proposals = {
+                request_id: Proposal(
+                    drafter=self.strategy.method, request_name=request_name(self.runner, request_id), token_ids=tokens
+                )
+                for request_id, tokens in zip(request_ids, drafts, strict=True)
+                if tokens
+            }
+        self.ledger.proposals |= proposals
+        return drafts
+
+    def _requests(self, sampled_token_ids: list[list[int]]) -> list[DraftRequest]:
+        """Rows that sampled a token and can use a draft: not in prefill, not at their last token."""
+        batch, max_model_len = self.runner.input_batch, self.runner.max_model_len
+        found = []
+        for row, (request_id, sampled) in enumerate(zip(batch.req_ids, sampled_token_ids, strict=True)):
+            if not sampled:
+                continue
+            state = self.runner.requests[request_id]
+            num_tokens = int(batch.num_tokens_no_spec[row])
+            room = min(state.sampling_params.max_tokens - len(state.output_token_ids), max_model_len - num_tokens) - 1
+            if room > 0:
+                found.append(
+                    DraftRequest(
+                        row=row, request_id=request_id, name=request_name(self.runner, request_id),
+                        num_tokens=num_tokens, num_draft_tokens=room, temperature=float(batch.temperature_cpu[row]),
+                        seed=(state.sampling_params.extra_args or {}).get(SEED, 0),
+                    )
+                )  # fmt: skip
+        return found
+
+    def _proposals(self, requests: Sequence[DraftRequest]) -> dict[str, Proposal]:
+        """Of all drafters, by request id; an empty draft is none."""
+        by_drafter: dict[str, list[DraftRequest]] = {}
+        for request in requests:
+            route = self.router.route(request, self.strategy)
+            count = min(route.num_draft_tokens, request.num_draft_tokens)
+            if count > 0:
+                by_drafter.setdefault(route.method, []).append(request.asking_for(count))
+        proposals: dict[str, Proposal] = {}
+        for name, own in by_drafter.items():
+            begin_s = time.perf_counter()
+            proposals |= self.drafters[name].draft(own)
+            self.ledger.stats[name].draft_s += time.perf_counter() - begin_s
+        return {name: proposal for name, proposal in proposals.items() if proposal.token_ids}

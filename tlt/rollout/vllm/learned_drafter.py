@@ -1,0 +1,204 @@
+"""Runs an EAGLE head inside the engine: its KV cache lags behind while speculation is off and catches up in one pass.
+
+Shapes: B requests, T tokens, H hidden, V_draft tokens that may be drafted. A request of n tokens has hidden states at
+n - 1 of them; the last token was just sampled.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tlt.drafter.model import EagleHead
+from tlt.rollout.vllm.ledger import Proposal
+from tlt.rollout.vllm.paged_attention import CpuPagedAttention, GatheredPagedAttention
+from tlt.rollout.vllm.token_pool import TokenPool
+from tlt.spec.race import race
+from tlt.spec.randomness import DRAFT, TOKEN
+
+OVERLAP_INTERVAL = 16
+"""Draft passes between two whose probabilities are kept to measure 1 - TV(p, q)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftRequest:
+    """One row of the engine's batch that may get drafts."""
+
+    row: int
+    request_id: str
+    """vLLM's: it appends a random suffix, another one on each rank."""
+    name: str
+    """As given to the engine; the same on all ranks."""
+    num_tokens: int
+    """Prompt and response, the token just sampled included."""
+    num_draft_tokens: int
+    """At most so many are of use."""
+    temperature: float
+    seed: int
+
+    def asking_for(self, num_draft_tokens: int) -> "DraftRequest":
+        """The same request with fewer drafts."""
+        return replace(self, num_draft_tokens=num_draft_tokens)
+
+
+class LearnedDrafter:
+    """Drafts with one head; `output_weight` [V_draft, H] are rows of the target's LM head, None the layer itself."""
+
+    def __init__(self, head: EagleHead, runner: Any, pool: TokenPool, *, name: str, drafts: str):
+        self.head = head.to(runner.device)
+        self.runner = runner
+        self.pool = pool
+        self.name = name
+        self.drafts = drafts
+        self.version = 0
+        self.output_weight: torch.Tensor | None = None
+        self._previous: dict[str, torch.Tensor] = {}
+        self._num_cached: dict[str, int] = {}
+        self._num_passes = 0
+        kind = CpuPagedAttention if runner.device.type == "cpu" else GatheredPagedAttention
+        self.attention = kind(
+            head.shape, num_blocks=pool.num_blocks, block_size=pool.block_size, dtype=runner.model_config.dtype,
+            device=runner.device,
+        )  # fmt: skip
+
+    def load(self, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
+        """Take new weights in place, between two engine steps; the old ones are kept for `roll_back`.
+
+        Raises ValueError where names or shapes differ; nothing is changed then.
+        """
+        own = dict(self.head.named_parameters())
+        if set(own) != set(tensors) or any(own[name].shape != tensor.shape for name, tensor in tensors.items()):
+            raise ValueError(f"the drafter has the weights {shapes(own)}, got {shapes(tensors)}")
+        self._previous = {name: parameter.detach().clone() for name, parameter in own.items()}
+        self._copy(tensors)
+        self.version = version
+
+    def roll_back(self) -> None:
+        """Take back what `load` replaced; the version grows, since what drafts now is neither."""
+        self._copy(self._previous)
+        self.version += 1
+
+    @torch.no_grad()
+    def _copy(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.head.named_parameters():
+            parameter.copy_(tensors[name])
+        self._num_cached.clear()  # keys and values are of the old weights
+
+    def renew_output(self, name: str, tensor: torch.Tensor) -> None:
+        """Take over a weight of the target (Hugging Face name) if it is what drafts are read out with."""
+        ids = self.head.draft_token_ids
+        if ids is None or name != output_name(self.runner.get_model()):
+            return
+        self.output_weight = tensor[ids].to(device=self.runner.device, dtype=self.runner.model_config.dtype)
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """These requests ended or lost their blocks."""
+        for request_id in request_ids:
+            self._num_cached.pop(request_id, None)
+
+    @torch.inference_mode()
+    def draft(self, requests: Sequence[DraftRequest]) -> dict[str, Proposal]:
+        """Drafts of each request, as many as it asks for."""
+        if not requests:
+            return {}
+        self._num_passes += 1
+        keeps_probs = self.drafts == "sampled" or self._num_passes % OVERLAP_INTERVAL == 0
+        requests = sorted(requests, key=lambda request: -request.num_draft_tokens)  # those that go on come first
+        block_table = self.pool.block_table(torch.tensor([request.row for request in requests]))
+        hidden = self._catch_up(requests, block_table)
+        tokens: list[list[int]] = [[] for _ in requests]
+        probs: list[list[torch.Tensor]] = [[] for _ in requests]
+        for step in range(requests[0].num_draft_tokens):
+            drawn, draft_probs = self._choose(hidden, requests[: len(hidden)], step)
+            for index, token in enumerate(drawn.tolist()):
+                tokens[index].append(token)
+                if keeps_probs:
+                    probs[index].append(draft_probs[index])
+            going_on = [request for request in requests if request.num_draft_tokens > step + 1]
+            if going_on:
+                num = len(going_on)
+                position = torch.tensor([request.num_tokens - 1 + step for request in going_on], dtype=torch.int32)
+                hidden = self._one_more(drawn[:num], hidden[:num], position, block_table[:num])
+        return {
+            request.request_id: self._proposal(request, tokens[index], probs[index])
+            for index, request in enumerate(requests)
+        }
+
+    def _proposal(self, request: DraftRequest, tokens: list[int], probs: list[torch.Tensor]) -> Proposal:
+        is_random = request.temperature > 0
+        return Proposal(
+            drafter=self.name,
+            request_name=request.name,
+            token_ids=tokens,
+            is_sampled=is_random and self.drafts == "sampled",
+            draft_probs=torch.stack(probs) if is_random and probs else None,
+            draft_token_ids=self.head.draft_token_ids,
+        )
+
+    def _catch_up(self, requests: Sequence[DraftRequest], block_table: torch.Tensor) -> torch.Tensor:
+        """[B, H] of the head at each request's last position with a hidden state; its cache is complete after."""
+        begins = [self._num_cached.get(request.request_id, 0) for request in requests]
+        ends = [request.num_tokens - 1 for request in requests]
+        position = torch.cat([torch.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
+        counts = torch.tensor([end - begin for begin, end in zip(begins, ends, strict=True)], dtype=torch.int32)
+        index = torch.repeat_interleave(torch.arange(len(requests)), counts)
+        rows = torch.tensor([request.row for request in requests])[index]
+        next_tokens = torch.from_numpy(self.runner.input_batch.token_ids_cpu[rows.numpy(), position.numpy() + 1])
+        slots = self.pool.slots(block_table, index, position)
+        output = self._forward(
+            next_tokens.long(), self.pool.hidden_states[slots], position, slots, block_table, counts,
+            torch.tensor(ends, dtype=torch.int32),
+        )  # fmt: skip
+        self._num_cached.update(zip((request.request_id for request in requests), ends, strict=True))
+        return output[counts.cumsum(0) - 1]
+
+    def _one_more(
+        self, tokens: torch.Tensor, hidden: torch.Tensor, position: torch.Tensor, block_table: torch.Tensor
+    ) -> torch.Tensor:
+        """[B, H] one position further, on the head's own output; these keys are overwritten once verified."""
+        index = torch.arange(len(tokens))
+        slots = self.pool.slots(block_table, index, position.long())
+        return self._forward(
+            tokens, hidden, position.long(), slots, block_table, torch.ones_like(position), position + 1
+        )
+
+    def _forward(self, tokens, hidden, position, slots, block_table, query_lens, seq_lens) -> torch.Tensor:
+        device = self.runner.device
+        embeddings = self.runner.get_model().model.embed_tokens(tokens.to(device))
+        attend = self.attention.plan(
+            block_table=block_table.to(device), query_lens=query_lens, seq_lens=seq_lens, slots=slots.to(device)
+        )
+        return self.head(embeddings.to(hidden.dtype), hidden, position.to(device), attend)
+
+    def _choose(
+        self, hidden: torch.Tensor, requests: Sequence[DraftRequest], step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(token [B] int64 on the CPU, probabilities [B, V_draft]) that follow the head's output."""
+        if self.output_weight is not None:
+            logits = torch.nn.functional.linear(hidden, self.output_weight)
+        else:
+            logits = self.runner.get_model().compute_logits(hidden)
+        temperature = torch.tensor([request.temperature for request in requests], device=logits.device)
+        scale = temperature.where(temperature > 0, torch.ones_like(temperature))
+        probs = (logits.float() / scale[:, None]).softmax(1)
+        ids = self.head.draft_token_ids
+        if self.drafts == "one-hot" or bool((temperature <= 0).all()):
+            columns = logits.argmax(1)
+        else:
+            stream = TOKEN if self.drafts == "coupled" else DRAFT
+            drawn = race(
+                probs, [request.seed for request in requests],
+                [request.num_tokens + step for request in requests], stream=stream, token_ids=ids,
+            )  # fmt: skip
+            columns = torch.where(temperature > 0, drawn, logits.argmax(1))
+        return (columns if ids is None else ids[columns]).cpu(), probs
+
+
+def output_name(model: Any) -> str:
+    """Hugging Face name of the weight that the target's logits are read out with."""
+    return "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
+
+
+def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}

@@ -1,0 +1,99 @@
+"""Who drafted what for the next verification, and what became of it.
+
+Shapes: B requests of an engine step, D draft tokens, K draft tokens of one request, V_draft tokens that a drafter may
+draft, V vocabulary.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tlt.spec.acceptance import AcceptanceStats
+from tlt.spec.verification import REJECTED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """The drafts of one request."""
+
+    drafter: str
+    request_name: str
+    token_ids: list[int]  # [K]
+    is_sampled: bool = False
+    """Drawn from `draft_probs` independently of the policy's draw, to be verified by rejection sampling."""
+    draft_probs: torch.Tensor | None = None  # [K, V_draft] where sampled, and now and then to measure the overlap
+    draft_token_ids: torch.Tensor | None = None  # [V_draft] names of its columns; None: the whole vocabulary
+
+
+@dataclass
+class RequestCount:
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+
+class DraftLedger:
+    """Proposals of the last engine step and the statistics of all verified ones since `begin`."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Start counting anew."""
+        self.proposals: dict[str, Proposal] = {}
+        self.stats: dict[str, AcceptanceStats] = defaultdict(AcceptanceStats)
+        self.requests: dict[str, RequestCount] = defaultdict(RequestCount)  # by name, which vLLM's ids are not
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Their proposals were verified or dropped. Those of requests that vLLM held back a step stay."""
+        for request_id in request_ids:
+            self.proposals.pop(request_id, None)
+
+    def draft_probs(
+        self, request_ids: Sequence[str], counts: Sequence[int], vocab_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(which of the step's D drafts were sampled [D'], the q of each [D', V]); None where none was."""
+        index, rows, first = [], [], 0
+        for request_id, count in zip(request_ids, counts, strict=True):
+            if count and (proposal := self.proposals[request_id]).is_sampled:
+                index.extend(range(first, first + count))
+                rows.append(spread(proposal, vocab_size)[:count])
+            first += count
+        return (torch.tensor(index), torch.cat(rows)) if index else None
+
+    def verified(
+        self, request_ids: Sequence[str], counts: Sequence[int], tokens: torch.Tensor, probs: torch.Tensor
+    ) -> None:
+        """Count a verification: tokens [B, max drafts + 1], probs [sum of counts + 1, V] of the policy."""
+        if not any(counts):
+            return
+        standing = ((tokens != REJECTED).sum(1) - 1).tolist()
+        first_row = 0
+        for request_id, count, accepted in zip(request_ids, counts, standing, strict=True):
+            if count:
+                decided = probs[first_row : first_row + min(accepted + 1, count)]
+                self._count(request_id, count, accepted, decided)
+            first_row += count + 1
+
+    def _count(self, request_id: str, count: int, accepted: int, decided: torch.Tensor) -> None:
+        proposal = self.proposals[request_id]
+        stats, request = self.stats[proposal.drafter], self.requests[proposal.request_name]
+        stats.count(count, accepted, float(decided.amax(1).sum()))
+        if proposal.draft_probs is not None:
+            columns = decided if proposal.draft_token_ids is None else decided[:, proposal.draft_token_ids]
+            overlap = torch.minimum(columns, proposal.draft_probs[: len(decided)]).sum()
+            stats.overlap_sum += float(overlap)
+            stats.num_overlaps += len(decided)
+        request.num_drafts += 1
+        request.num_draft_tokens += count
+        request.num_accepted_tokens += accepted
+
+
+def spread(proposal: Proposal, vocab_size: int) -> torch.Tensor:
+    """[K, V]: q over the whole vocabulary."""
+    if proposal.draft_token_ids is None:
+        return proposal.draft_probs
+    full = proposal.draft_probs.new_zeros(len(proposal.draft_probs), vocab_size)
+    return full.index_copy_(1, proposal.draft_token_ids, proposal.draft_probs)

@@ -1,0 +1,212 @@
+"""All of an engine's speculation: what it drafts with, what is chosen for each step, and what is watched."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from tlt.config.spec import SpecConfig
+from tlt.drafter.buffer import HiddenStateBuffer
+from tlt.drafter.model import EagleHead, load_head
+from tlt.rollout.vllm.drafting import Agree, Drafting, EngineDrafter, NoHiddenStates, request_name
+from tlt.rollout.vllm.learned_drafter import LearnedDrafter, output_name
+from tlt.rollout.vllm.ledger import DraftLedger
+from tlt.rollout.vllm.lookup_drafter import LookupDrafter
+from tlt.rollout.vllm.token_pool import TokenPool
+from tlt.spec.strategy import FixedStrategy, parse_strategy
+from tlt.spec.watchdog import Watchdog
+from tlt.types import EngineStats, HiddenStateSample, SpecStrategy
+
+logger = logging.getLogger(__name__)
+
+LEARNED = "eagle"
+AgreeStrategy = Callable[[SpecStrategy], SpecStrategy]
+"""Makes the choice of a replica's first rank that of all its ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecPlan:
+    """Everything about speculation that is read and checked before an engine exists."""
+
+    config: SpecConfig
+    policy: FixedStrategy
+    head: EagleHead | None
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """0 leaves vLLM without any code of speculation; hidden states alone are recorded through the same seam."""
+        return max(self.policy.max_draft_tokens, int(self.config.hidden_states_mib > 0))
+
+
+def read_spec_plan(config: SpecConfig, *, target_config: dict, dtype: torch.dtype, tp_size: int) -> SpecPlan:
+    """Raises ValueError naming the flag. `target_config` is the policy's config.json."""
+    strategy = parse_strategy(config.strategy, "--spec-strategy")
+    head = None
+    if config.drafter is not None:
+        head = load_head(Path(config.drafter), flag="--spec-drafter", target_config=target_config, dtype=dtype)
+    if strategy.method == LEARNED and head is None:
+        raise ValueError(f"--spec-strategy {strategy} needs --spec-drafter, the directory of an EAGLE head")
+    if head is not None and config.drafts == "sampled" and tp_size > 1:
+        raise ValueError(
+            "--spec-drafts sampled needs --rollout-tensor-parallel-size 1: ranks that round differently would accept "
+            "different tokens; coupled has no such trouble"
+        )
+    return SpecPlan(
+        config=config,
+        policy=FixedStrategy(strategy, max_running_requests=config.max_running_requests),
+        head=head,
+    )
+
+
+class NoSpeculation:
+    """Nothing is drafted and nothing recorded: vLLM runs as if no code of speculation were here."""
+
+    drafter_version = -1
+
+    def __init__(self) -> None:
+        self.ledger = DraftLedger()
+
+    def begin(self) -> None:
+        """Nothing to count."""
+
+    def before_step(self, num_running: int) -> None:
+        """Nothing to choose."""
+
+    def after_step(self, seconds: float) -> None:
+        """Nothing to watch."""
+
+    def finished(self, name: str, token_ids: list[int], *, num_prompt_tokens: int, policy_version: int) -> None:
+        """Nothing to keep."""
+
+    def load_drafter(self, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
+        """Refuses: there is none."""
+        raise RuntimeError("the engine was built without a learned drafter (--spec-drafter)")
+
+    def renew_output(self, name: str, tensor: torch.Tensor) -> None:
+        """No copies of the target's weights."""
+
+    def report(self, stats: EngineStats) -> None:
+        """Nothing to report."""
+
+
+class Speculation:
+    """Of one engine that may draft; `policy` chooses for each step."""
+
+    def __init__(
+        self, plan: SpecPlan, runner: Any, scheduler: Any, *, agree: Agree, agree_strategy: AgreeStrategy,
+        hf_model: str,
+    ):  # fmt: skip
+        self.policy = plan.policy
+        self.runner = runner
+        self.agree_strategy = agree_strategy
+        self.ledger = DraftLedger()
+        self.buffer = HiddenStateBuffer(plan.config.hidden_states_mib * 2**20)
+        self.watchdog = Watchdog(collapse_frac=plan.config.collapse_frac)
+        self.begin()
+        needs_pool = plan.head is not None or self.buffer.is_open
+        pool = TokenPool(runner) if needs_pool else NoHiddenStates()
+        drafters: dict[str, EngineDrafter] = {"prompt_lookup": LookupDrafter(runner)}
+        self.learned: LearnedDrafter | None = None
+        if plan.head is not None:
+            self.learned = LearnedDrafter(plan.head, runner, pool, name=LEARNED, drafts=plan.config.drafts)
+            drafters[LEARNED] = self.learned
+            if plan.head.draft_token_ids is not None:
+                name = output_name(runner.get_model())
+                self.learned.renew_output(name, read_weight(Path(hf_model), name))
+        self.drafting = Drafting(
+            runner, scheduler, drafters=drafters, ledger=self.ledger, pool=pool, agree=agree,
+            max_draft_tokens=runner.num_spec_tokens,
+        )  # fmt: skip
+
+    def begin(self) -> None:
+        """A rollout begins: statistics start anew."""
+        self.ledger.begin()
+        self._switches = self._roll_backs = 0
+        self._speculative_s = 0.0
+        self._counted = (0, 0)
+        self._had_drafts = False
+
+    def before_step(self, num_running: int) -> None:
+        """Choose what is drafted at the end of the next engine step."""
+        strategy: SpecStrategy = self.agree_strategy(self.policy.choose(num_running))
+        self._switches += strategy != self.drafting.strategy
+        self.drafting.strategy = strategy
+        self._had_drafts = bool(self.ledger.proposals)
+
+    def after_step(self, seconds: float) -> None:
+        """Watch the acceptance of the step that ended."""
+        self._speculative_s += seconds * self._had_drafts
+        if self.learned is None:
+            return
+        stats = self.ledger.stats[LEARNED]
+        drafted, accepted = sum(stats.drafted), sum(stats.accepted)
+        if self.watchdog.count(drafted - self._counted[0], accepted - self._counted[1]):
+            self._roll_backs += 1
+            bad = self.learned.version
+            self.learned.roll_back()
+            logger.error(
+                "drafter version %d was withdrawn: accepted at %.3f against %.3f before; the one before it drafts "
+                "again, as version %d", bad, self.watchdog.num_accepted / self.watchdog.num_drafted,
+                self.watchdog.baseline, self.learned.version,
+            )  # fmt: skip
+        self._counted = (drafted, accepted)
+
+    def finished(self, name: str, token_ids: list[int], *, num_prompt_tokens: int, policy_version: int) -> None:
+        """Keep the hidden states of a response that just ended, while its blocks still hold them."""
+        if not self.buffer.is_open:
+            return
+        rows = self.runner.input_batch.req_id_to_index
+        (row,) = (row for request_id, row in rows.items() if request_name(self.runner, request_id) == name)
+        self.buffer.add(
+            HiddenStateSample(
+                request_id=name,
+                token_ids=torch.tensor(token_ids, dtype=torch.int32),
+                num_prompt_tokens=num_prompt_tokens,
+                last_hidden_states=self.drafting.pool.read(row, len(token_ids) - 1),
+                policy_version=policy_version,
+            )
+        )
+
+    def load_drafter(self, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
+        """Swap the learned drafter's weights, between two engine steps, while requests run or not."""
+        if self.learned is None:
+            raise RuntimeError("the engine was built without a learned drafter (--spec-drafter)")
+        self.learned.load(tensors, version=version)
+        self.watchdog.drafter_changed()
+
+    def renew_output(self, name: str, tensor: torch.Tensor) -> None:
+        """A weight of the target was replaced; frozen copies of it follow."""
+        if self.learned is not None:
+            self.learned.renew_output(name, tensor)
+
+    @property
+    def drafter_version(self) -> int:
+        return -1 if self.learned is None else self.learned.version
+
+    def report(self, stats: EngineStats) -> None:
+        """Write what this rollout's speculation did into its statistics."""
+        stats.acceptance = dict(self.ledger.stats)
+        stats.speculative_step_s = self._speculative_s
+        stats.num_strategy_switches = self._switches
+        stats.num_roll_backs = self._roll_backs
+        stats.drafter_version = self.drafter_version
+
+
+def make_speculation(plan: SpecPlan, runner: Any, scheduler: Any, **kwargs: Any) -> Speculation | NoSpeculation:
+    """What the plan asks for; `kwargs` are those of `Speculation`."""
+    if plan.max_draft_tokens == 0:
+        return NoSpeculation()
+    return Speculation(plan, runner, scheduler, **kwargs)
+
+
+def read_weight(folder: Path, name: str) -> torch.Tensor:
+    """One tensor of a Hugging Face directory."""
+    index = folder / "model.safetensors.index.json"
+    file = json.loads(index.read_text())["weight_map"][name] if index.is_file() else "model.safetensors"
+    with safe_open(folder / file, framework="pt") as tensors:
+        return tensors.get_tensor(name)

@@ -1,0 +1,306 @@
+"""Speed of whole rollouts under several strategies of speculation, paired and interleaved, against plain vLLM.
+
+tools/bench_rollout.py --model DIR --sources 'reasoning-gym:...' --strategies plain,off,eagle:4 --drafter DIR
+
+`plain` is an engine without any code of speculation, `off` one that could speculate and does not. Each repetition
+rolls out the same prompts with the same seeds once under each strategy, in an order that rotates; ratios are of one
+repetition's times, and the table has their medians. Every strategy but sampled drafts gives the same tokens as
+`plain` but for rounding near ties, which is counted. Engines live in processes of their own, `--ranks` for each kind
+of engine, and one kind runs at a time. A row carries the workload's entropy and one-hot ceiling: without them it means
+nothing.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What one rank rolls out in a repetition."""
+
+    name: str
+    prompts: tuple
+    group_size: int
+    temperature: float
+    max_tokens: int
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face directory")
+    parser.add_argument("--drafter", help="directory of an EAGLE head for the model")
+    parser.add_argument("--drafts", default="coupled", choices=("coupled", "one-hot", "sampled"))
+    parser.add_argument("--sources", nargs="+", required=True, metavar="X", help="as --data-train of pretrain_rl.py")
+    parser.add_argument("--weights", nargs="+", type=float, metavar="X", help="share of each source")
+    parser.add_argument("--exclude", nargs="+", default=(), metavar="FILE", help="JSONL of questions to leave out")
+    parser.add_argument("--instruction", default="", help="text appended to every question")
+    parser.add_argument("--chat-template", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--name", default="workload", help="of the workload, for the table")
+    parser.add_argument("--strategies", default="plain,off", help="comma-separated (default: plain,off)")
+    parser.add_argument("--requests-per-rank", nargs="+", type=int, default=[8], metavar="N", help="default: 8")
+    parser.add_argument("--group-size", type=int, default=8, help="responses to a prompt (default: 8)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="default: 1.0")
+    parser.add_argument("--max-tokens", type=int, default=768, help="of a response (default: 768)")
+    parser.add_argument("--max-model-len", type=int, default=1024, help="default: 1024")
+    parser.add_argument("--ranks", type=int, default=2, help="replicas, one core each (default: 2)")
+    parser.add_argument("--repetitions", type=int, default=3, help="default: 3; one more goes uncounted before them")
+    parser.add_argument("--quick", action="store_true", help="one repetition of at most 96 tokens: shows that it runs")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: bfloat16")
+    parser.add_argument("--seed", type=int, default=1, help="default: 1")
+    parser.add_argument("--json", type=Path, help="file to write")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.repetitions, args.max_tokens = 1, min(args.max_tokens, 96)
+    return args
+
+
+def serve(rank: int, args: argparse.Namespace, kind: str, store: str, inbox, outbox) -> None:
+    """One rank of one kind of engine: rolls out what it is told to."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(args.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
+        OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
+    engine, sampling_class = make_engine(args, kind)
+    outbox.put((rank, "ready", None))
+    while (task := inbox.get()) is not None:
+        strategy, workload, seed = task
+        if kind != PLAIN:
+            from tlt.spec.strategy import FixedStrategy, parse_strategy
+
+            engine.speculation.policy = FixedStrategy(parse_strategy(strategy, "--strategies"))
+        sampling = sampling_class(temperature=workload.temperature, max_response_tokens=workload.max_tokens)
+        begin_s = time.perf_counter()
+        groups = engine.generate(
+            workload.prompts, sampling, group_size=workload.group_size, seed=seed, on_finished=lambda *_: None
+        )
+        outbox.put((rank, time.perf_counter() - begin_s, summary(groups, engine.stats())))
+    engine.close()
+
+
+def make_engine(args: argparse.Namespace, kind: str):
+    import torch
+    from transformers import AutoTokenizer
+
+    from tlt.build import stop_token_ids
+    from tlt.config import RolloutConfig, SpecConfig, read_hf_config
+    from tlt.rollout.vllm.engine import VLLMRolloutEngine
+    from tlt.rollout.vllm.speculation import read_spec_plan
+    from tlt.types import SamplingConfig
+
+    hf_config = read_hf_config(args.model)
+    rollout = RolloutConfig(max_model_len=args.max_model_len, max_response_tokens=args.max_tokens)
+    spec = SpecConfig() if kind == PLAIN else spec_config(args)
+    plan = read_spec_plan(spec, target_config=hf_config, dtype=getattr(torch, args.dtype), tp_size=1)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    engine = VLLMRolloutEngine(
+        rollout, hf_model=args.model, dtype=args.dtype, seed=0,
+        stop_token_ids=stop_token_ids(Path(args.model), hf_config, tokenizer), decode=lambda ids: "",
+        should_stop=lambda: False, spec=plan,
+    )  # fmt: skip
+    return engine, SamplingConfig
+
+
+def spec_config(args: argparse.Namespace):
+    """Of the engine that all strategies but `plain` share: room for the longest draft among them."""
+    from tlt.config import SpecConfig
+    from tlt.spec.strategy import parse_strategy
+
+    parsed = [parse_strategy(text, "--strategies") for text in args.strategies.split(",") if text != PLAIN]
+    longest = max((strategy.num_draft_tokens for strategy in parsed), default=0)
+    method = "eagle" if args.drafter else "prompt_lookup"
+    return SpecConfig(strategy=f"{method}:{max(longest, 1)}", drafter=args.drafter, drafts=args.drafts)
+
+
+def summary(groups: list, stats) -> dict:
+    """What a repetition's row is made of, from one rank."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    acceptance = {name: (sum(s.accepted), s.num_drafts, sum(s.drafted)) for name, s in stats.acceptance.items()}
+    return {
+        "tokens": {(g.prompt.prompt_id, i): r.token_ids for g in groups for i, r in enumerate(g.rollouts)},
+        "entropy_sum": sum(sum(rollout.entropies) for rollout in rollouts),
+        "max_prob_sum": sum(sum(rollout.max_probs) for rollout in rollouts),
+        "num_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
+        "engine_steps": stats.num_engine_steps,
+        "acceptance": acceptance,
+        "draft_s": sum(s.draft_s for s in stats.acceptance.values()),
+    }
+
+
+class Ranks:
+    """The processes of one kind of engine."""
+
+    def __init__(self, args: argparse.Namespace, kind: str):
+        context = multiprocessing.get_context("spawn")
+        self.outbox = context.Queue()
+        self.inboxes = [context.Queue() for _ in range(args.ranks)]
+        store = f"{tempfile.mkdtemp()}/store"
+        self.processes = [
+            context.Process(target=serve, args=(rank, args, kind, store, inbox, self.outbox), daemon=True)
+            for rank, inbox in enumerate(self.inboxes)
+        ]
+        for process in self.processes:
+            process.start()
+        self._answers()
+
+    def rollout(self, strategy: str, workload: Workload, seed: int) -> tuple[float, list[dict]]:
+        """(seconds until the last rank was done, summaries)."""
+        for inbox in self.inboxes:
+            inbox.put((strategy, workload, seed))
+        answers = self._answers()
+        return max(seconds for _, seconds, _ in answers), [found for _, _, found in answers]
+
+    def _answers(self) -> list:
+        import queue
+
+        answers = []
+        while len(answers) < len(self.processes):
+            try:
+                answers.append(self.outbox.get(timeout=5))
+            except queue.Empty:
+                if any(process.exitcode is not None for process in self.processes):
+                    raise RuntimeError("a rank of the benchmark died; its error is above") from None
+        return answers
+
+    def close(self) -> None:
+        for inbox in self.inboxes:
+            inbox.put(None)
+        for process in self.processes:
+            process.join()
+
+
+def read_workloads(args: argparse.Namespace) -> list[Workload]:
+    """One for each of --requests-per-rank. Raises ValueError naming the flag."""
+    from transformers import AutoTokenizer
+
+    from tlt.config import DataConfig
+    from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions
+
+    data = DataConfig(
+        train=tuple(args.sources), weights=tuple(args.weights) if args.weights else None,
+        instruction=args.instruction, chat_template=args.chat_template,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    builder = PromptBuilder(data, tokenizer=tokenizer, max_prompt_tokens=args.max_model_len - args.max_tokens)
+    workloads = []
+    for requests in args.requests_per_rank:
+        if requests % args.group_size:
+            raise ValueError(
+                f"--requests-per-rank must be multiples of --group-size {args.group_size}, got {requests}"
+            )
+        stream = PromptStream(data, builder, seed=args.seed, excluded=excluded_questions(args.exclude))
+        prompts = tuple(stream.next_batch(args.ranks * requests // args.group_size))
+        workloads.append(
+            Workload(
+                name=f"{args.name}, {requests} a rank", prompts=prompts, group_size=args.group_size,
+                temperature=args.temperature, max_tokens=args.max_tokens,
+            )
+        )  # fmt: skip
+    return workloads
+
+
+def measure(args: argparse.Namespace, workload: Workload, strategies: list[str], engines: dict) -> list[dict]:
+    """Rows of one workload, a strategy each."""
+    times: dict[str, list[float]] = {strategy: [] for strategy in strategies}
+    found: dict[str, list[dict]] = {}
+    for repetition in range(args.repetitions + 1):
+        order = strategies[repetition % len(strategies) :] + strategies[: repetition % len(strategies)]
+        texts = {}
+        for strategy in order:
+            ranks = engines[strategy if strategy == PLAIN else "speculative"]
+            seconds, found[strategy] = ranks.rollout(strategy, workload, args.seed + repetition)
+            texts[strategy] = {name: ids for one in found[strategy] for name, ids in one["tokens"].items()}
+            print(f"{workload.name} repetition {repetition} {strategy}: {seconds:.2f} s", file=sys.stderr, flush=True)
+            if repetition > 0:
+                times[strategy].append(seconds)
+        if args.drafts != "sampled":
+            differing = {s: sum(texts[s][n] != texts[order[0]][n] for n in texts[s]) for s in order}
+            if any(differing.values()):
+                print(f"responses that differ from {order[0]}'s: {differing}", file=sys.stderr)
+    return [row(args, workload, strategy, times, found[strategy]) for strategy in strategies]
+
+
+def row(args: argparse.Namespace, workload: Workload, strategy: str, times: dict, found: list[dict]) -> dict:
+    ratios = [a / b for a, b in zip(times[PLAIN], times[strategy], strict=True)] if PLAIN in times else []
+    num_tokens = sum(one["num_tokens"] for one in found)
+    accepted, drafts, drafted = (
+        sum(counts[index] for one in found for counts in one["acceptance"].values()) for index in range(3)
+    )
+    return {
+        "workload": workload.name,
+        "requests_per_rank": len(workload.prompts) * workload.group_size // args.ranks,
+        "strategy": strategy,
+        "median_s": statistics.median(times[strategy]),
+        "ratio_vs_plain": statistics.median(ratios) if ratios else None,
+        "ratio_min": min(ratios, default=None),
+        "ratio_max": max(ratios, default=None),
+        "acceptance_length": 1 + accepted / drafts if drafts else 1.0,
+        "drafted_per_verification": drafted / drafts if drafts else 0.0,
+        "draft_s": sum(one["draft_s"] for one in found),
+        "engine_steps": max(one["engine_steps"] for one in found),
+        "num_tokens": num_tokens,
+        "entropy_nats": sum(one["entropy_sum"] for one in found) / num_tokens,
+        "one_hot_ceiling": sum(one["max_prob_sum"] for one in found) / num_tokens,
+        "temperature": workload.temperature,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    columns = {
+        "workload": "workload", "strategy": "strategy", "median_s": "median s", "ratio_vs_plain": "x plain",
+        "ratio_min": "min", "ratio_max": "max", "acceptance_length": "acceptance length",
+        "drafted_per_verification": "drafted", "entropy_nats": "entropy, nats", "one_hot_ceiling": "E[max p]",
+    }  # fmt: skip
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    for one in rows:
+        cells = (one[name] for name in columns)
+        lines.append("| " + " | ".join(f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    args = arguments()
+    strategies = args.strategies.split(",")
+    try:
+        spec_config(args)
+        workloads = read_workloads(args)
+    except ValueError as error:
+        print(f"bench_rollout.py: error: {error}", file=sys.stderr)
+        return 2
+    from tlt.provenance import git_commit
+
+    kinds = {PLAIN if strategy == PLAIN else "speculative" for strategy in strategies}
+    engines = {kind: Ranks(args, kind) for kind in sorted(kinds)}
+    rows = [one for workload in workloads for one in measure(args, workload, strategies, engines)]
+    for ranks in engines.values():
+        ranks.close()
+    print(table(rows))
+    if args.json:
+        about = {
+            "commit": git_commit(), "command": sys.argv, "machine": platform.machine(), "cpus": os.cpu_count(),
+            "ranks": args.ranks, "dtype": args.dtype, "drafts": args.drafts, "repetitions": args.repetitions,
+        }  # fmt: skip
+        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
