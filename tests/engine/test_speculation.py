@@ -241,6 +241,7 @@ def _thousands_of_steps(rank: int, world_size: int, folder: Path, head: Path, ex
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_tensor_parallel_ranks_agree_for_thousands_of_steps(tmp_path):
     folder = write_tiny_model("llama", tmp_path, **PEAKED)
     head = write_head(tmp_path / "head", folder)
