@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import rms_norm, silu
 
+from tlt.config.architecture import head_dim, rope_parameters
+
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q [T, heads, D], k and v [T, key-value heads, D]) -> [T, heads, D]: over packed sequences, or an engine's cache."""
 
@@ -44,17 +46,14 @@ class HeadShape:
     def of_target(cls, hf_config: dict) -> "HeadShape":
         """From a target's config.json (Llama, Qwen2, Qwen3), or from a head's own."""
         heads = hf_config["num_attention_heads"]
-        rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
-        rope.setdefault("rope_theta", hf_config.get("rope_theta", 10000.0))
-        rope.setdefault("rope_type", rope.pop("type", "default"))
         return cls(
             hidden_size=hf_config["hidden_size"],
             intermediate_size=hf_config["intermediate_size"],
             num_attention_heads=heads,
             num_key_value_heads=hf_config.get("num_key_value_heads") or heads,
-            head_dim=hf_config.get("head_dim") or hf_config["hidden_size"] // heads,
+            head_dim=head_dim(hf_config),
             rms_norm_eps=hf_config["rms_norm_eps"],
-            rope_parameters=rope,
+            rope_parameters=rope_parameters(hf_config),
             max_position_embeddings=hf_config["max_position_embeddings"],
         )
 

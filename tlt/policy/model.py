@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import unwrap_model
 
 from tlt.config import ModelConfig
+from tlt.config.architecture import head_dim, rope_parameters
 from tlt.parallel import Parallel
 from tlt.policy.attention import PackedAttention
 from tlt.types import PackedMicroBatch
@@ -37,16 +38,9 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     return model.transformer_impl != "local" and installed and torch.cuda.is_available()
 
 
-def head_dim(hf_config: dict) -> int:
-    """Size of one attention head."""
-    return hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"]
-
-
-def rope_parameters(hf_config: dict) -> dict:
-    """Rotary embedding settings: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` before it."""
-    rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", hf_config.get("rope_theta", 10000.0))
-    rope.setdefault("rope_type", rope.pop("type", "default"))
+def supported_rope(hf_config: dict) -> dict:
+    """Rotary embedding settings that Megatron's model has; ValueError for others."""
+    rope = rope_parameters(hf_config)
     if rope["rope_type"] not in ("default", "llama3"):
         raise ValueError(
             f"--hf-model: rope_type {rope['rope_type']!r} is not supported; allowed are default and llama3"
@@ -128,7 +122,7 @@ class PolicyModel(GPTModel):
 def build_policy_model(hf_config: dict, model: ModelConfig, parallel: Parallel) -> PolicyModel:
     """This rank's stage, with uninitialised weights (`weight_sync/load.py` fills them)."""
     config = transformer_config(hf_config, model)
-    rope = rope_parameters(hf_config)
+    rope = supported_rope(hf_config)
     stage = PolicyModel(
         config=config,
         transformer_layer_spec=layer_spec(config, transformer_engine=uses_transformer_engine(model)),

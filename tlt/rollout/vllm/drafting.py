@@ -6,7 +6,6 @@ same object would wrap `model_runner.speculator.propose`, whose arguments hold t
 draft tokens in the start-up schedule so that a full graph of each exists; that seam is not built.
 """
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -17,13 +16,11 @@ from tlt.rollout.vllm.learned_drafter import DraftRequest
 from tlt.rollout.vllm.ledger import DraftLedger, Proposal
 from tlt.types import OFF, SpecStrategy
 
-logger = logging.getLogger(__name__)
-
 SEED, NAME = "seed", "name"
 """Keys of a request's seed and name in `SamplingParams.extra_args`."""
 
-Agree = Callable[[list[list[int]]], list[list[int]]]
-"""Makes the lists of a replica's first rank those of all its ranks."""
+Agree = Callable[[Any], Any]
+"""Makes a value of a replica's first rank (a strategy, or drafts) that of all its ranks."""
 
 
 class Proposer:

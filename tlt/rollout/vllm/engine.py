@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from tlt.rollout.vllm.drafting import NAME, SEED, speculative_config
 from tlt.rollout.vllm.speculation import SpecPlan, make_speculation
 from tlt.spec.lossless import refuse_lossy
 from tlt.spec.randomness import request_seed
-from tlt.types import EngineStats, Prompt, Rollout, RolloutGroup, SamplingConfig, SpecStrategy
+from tlt.types import EngineStats, Prompt, Rollout, RolloutGroup, SamplingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class VLLMRolloutEngine:
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.runner = self.engine.model_executor.driver_worker.worker.model_runner
         self.speculation = make_speculation(
-            spec, self.runner, self.scheduler, agree=self._agree_on_drafts, agree_strategy=self._agree_on_strategy,
+            spec, self.runner, self.scheduler, agree=self._agree,
             hf_model=hf_model,
         )  # fmt: skip
         self.sampler = sampling.PositionSampler(self.runner, self.speculation.ledger)
@@ -204,15 +205,10 @@ class VLLMRolloutEngine:
             preempted = waiting
             yield from (output for output in outputs if output.finished)
 
-    def _agree_on_strategy(self, strategy: SpecStrategy) -> SpecStrategy:
-        """The first rank's choice, on all ranks of the replica."""
-        return strategy if self.replica_group is None else self._from_leader(strategy)
-
-    def _agree_on_drafts(self, drafts: list[list[int]]) -> list[list[int]]:
-        """The first rank's drafts, on all ranks of the replica."""
-        return drafts if self.replica_group is None else self._from_leader(drafts)
-
-    def _from_leader(self, value):
+    def _agree(self, value: Any) -> Any:
+        """The first rank's value (a strategy, or drafts), on all ranks of the replica."""
+        if self.replica_group is None:
+            return value
         box = [value]
         dist.broadcast_object_list(box, src=self.replica * self.tp_size, group=self.replica_group)
         return box[0]

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,6 @@ from tlt.types import EngineStats, HiddenStateSample, SpecStrategy
 logger = logging.getLogger(__name__)
 
 LEARNED = "eagle"
-AgreeStrategy = Callable[[SpecStrategy], SpecStrategy]
-"""Makes the choice of a replica's first rank that of all its ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +96,12 @@ class Speculation:
     """Of one engine that may draft; `policy` chooses for each step."""
 
     def __init__(
-        self, plan: SpecPlan, runner: Any, scheduler: Any, *, agree: Agree, agree_strategy: AgreeStrategy,
+        self, plan: SpecPlan, runner: Any, scheduler: Any, *, agree: Agree,
         hf_model: str,
     ):  # fmt: skip
         self.policy = plan.policy
         self.runner = runner
-        self.agree_strategy = agree_strategy
+        self.agree = agree
         self.ledger = DraftLedger()
         self.buffer = HiddenStateBuffer(plan.config.hidden_states_mib * 2**20)
         self.watchdog = Watchdog(collapse_frac=plan.config.collapse_frac)
@@ -133,7 +131,7 @@ class Speculation:
 
     def before_step(self, num_running: int) -> None:
         """Choose what is drafted at the end of the next engine step."""
-        strategy: SpecStrategy = self.agree_strategy(self.policy.choose(num_running))
+        strategy: SpecStrategy = self.agree(self.policy.choose(num_running))
         self._switches += strategy != self.drafting.strategy
         self.drafting.strategy = strategy
         self._had_drafts = bool(self.ledger.proposals)

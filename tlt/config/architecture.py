@@ -1,0 +1,14 @@
+"""What several components read off a model's config.json in the same way."""
+
+
+def head_dim(hf_config: dict) -> int:
+    """Size of one attention head."""
+    return hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"]
+
+
+def rope_parameters(hf_config: dict) -> dict:
+    """Rotary embedding settings: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` before it."""
+    rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", hf_config.get("rope_theta", 10000.0))
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    return rope
