@@ -19,14 +19,14 @@ SOURCES=(
 WEIGHTS=(0.55 0.13 0.05 0.05 0.22)
 PROMPT_ARGS=(--no-data-chat-template --data-instruction $'\n')
 
-# Cold start: bounded by tokens (60 steps of 1,536), not by time.
+# Cold start: bounded by tokens (72 steps of 1,536), not by time.
 COLD_START_ARGS=(--sources "${COLD_START_SOURCES[@]}" --weights "${COLD_START_WEIGHTS[@]}" --num-examples 1500 --num-held-out 64
-    --quick-frac 0.65 --seed 1)
+    --quick-frac 0.6 --seed 1)
 SFT_ARGS=(
-    --train-iters 60
+    --train-iters 72
     --sft-tokens-per-step 1536
-    --sft-eval-interval 20
-    --save-interval 20
+    --sft-eval-interval 24
+    --save-interval 24
     --save-retain 1
     --lr 2e-4
     --min-lr 1e-5
