@@ -22,6 +22,7 @@ from tlt.config import (
 )
 from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions, held_out_prompts
 from tlt.data.source import question_key
+from tlt.drafter.history import SuffixHistory
 from tlt.evaluation import Evaluation
 from tlt.interrupt import Interrupt
 from tlt.loop import Run
@@ -37,7 +38,7 @@ from tlt.rollout.groups import GroupSampler
 from tlt.rollout.log import RolloutLog
 from tlt.rollout.vllm.engine import VLLMRolloutEngine, parse_engine_args
 from tlt.rollout.vllm.speculation import read_spec_plan
-from tlt.run_state import Checkpoints, RunState, latest_checkpoint, read_state
+from tlt.run_state import Checkpoints, RunState, latest_checkpoint, read_history, read_state
 from tlt.trace import Trace
 from tlt.types import Prompt, SamplingConfig
 from tlt.weight_sync.gather import PolicyWeights
@@ -141,8 +142,11 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
 
     sampling = training_distribution(config.rollout)
     rewards = RewardPool(config.reward)
+    history = SuffixHistory(config.spec.history_mib * 2**20)
+    if inputs.checkpoint is not None:
+        read_history(inputs.checkpoint, history)
     with trace.span("build_engine"):
-        engine = build_engine(config, inputs, interrupt)
+        engine = build_engine(config, inputs, interrupt, history)
         engine.sleep()
     with trace.span("build_policy"):
         trainer = build_policy_trainer(
@@ -153,7 +157,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             trainer.load(inputs.checkpoint)
             logger.info("resumed from %s", inputs.checkpoint)
 
-    rollouts = RolloutCollector(engine, rewards, parallel, interrupt=interrupt, trace=trace)
+    rollouts = RolloutCollector(engine, rewards, parallel, history=history, interrupt=interrupt, trace=trace)
     training = config.training
     rollout_log = RolloutLog(
         save / "rollouts", interval=config.rollout.save_interval, is_writer=parallel.rank == 0
@@ -178,7 +182,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             interval=config.eval.interval,
             train_iters=training.train_iters,
         ),  # fmt: skip
-        checkpoints=build_checkpoints(training, trainer, parallel, trace=trace),
+        checkpoints=build_checkpoints(training, trainer, parallel, history=history, trace=trace),
         metrics=build_metrics_log(training, inputs.state, parallel),
         trace=trace,
         interrupt=interrupt,
@@ -209,13 +213,15 @@ def build_metrics_log(training: TrainingConfig, state: RunState, parallel: proce
 
 
 def build_checkpoints(
-    training: TrainingConfig, trainer: MegatronPolicyTrainer, parallel: process_groups.Parallel, *, trace: Trace
-) -> Checkpoints:
+    training: TrainingConfig, trainer: MegatronPolicyTrainer, parallel: process_groups.Parallel, *,
+    history: SuffixHistory, trace: Trace,
+) -> Checkpoints:  # fmt: skip
     """Of the run in --save."""
     return Checkpoints(
         Path(training.save),
         trainer=trainer,
         parallel=parallel,
+        history=history,
         trace=trace,
         interval=training.save_interval,
         retain=training.save_retain,
@@ -223,7 +229,7 @@ def build_checkpoints(
     )
 
 
-def build_engine(config: RunConfig, inputs: Inputs, interrupt: Interrupt) -> VLLMRolloutEngine:
+def build_engine(config: RunConfig, inputs: Inputs, interrupt: Interrupt, history: SuffixHistory) -> VLLMRolloutEngine:
     """This rank's engine. Collective over all ranks; all must call."""
     return VLLMRolloutEngine(
         config.rollout,
@@ -234,6 +240,7 @@ def build_engine(config: RunConfig, inputs: Inputs, interrupt: Interrupt) -> VLL
         decode=inputs.tokenizer.decode,
         should_stop=interrupt.is_requested,
         spec=inputs.spec,
+        history=history,
     )
 
 

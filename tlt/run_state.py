@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
+
+from tlt.drafter.history import SuffixHistory
 from tlt.parallel import Parallel
 from tlt.protocols import PolicyTrainer
 from tlt.trace import Trace
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "run_state.json"
+HISTORY = "history.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,12 @@ def read_state(checkpoint: Path, fingerprint: dict) -> RunState:
     return state
 
 
+def read_history(checkpoint: Path, history: SuffixHistory) -> None:
+    """Fill the history of responses with what a checkpoint holds."""
+    with np.load(checkpoint / HISTORY) as arrays:
+        history.load_state_dict({k: v if k == "token_ids" else v.tolist() for k, v in arrays.items()})
+
+
 def claim(folder: Path) -> TextIO:
     """Hold the run's folder for as long as the returned file is open; RuntimeError if another process holds it.
 
@@ -92,12 +102,13 @@ class Checkpoints:
     """Saves on schedule and on request, keeps the newest few."""
 
     def __init__(
-        self, folder: Path, *, trainer: PolicyTrainer, parallel: Parallel, trace: Trace, interval: int, retain: int,
-        train_iters: int,
+        self, folder: Path, *, trainer: PolicyTrainer, parallel: Parallel, history: SuffixHistory, trace: Trace,
+        interval: int, retain: int, train_iters: int,
     ):  # fmt: skip
         self.folder = folder
         self.trainer = trainer
         self.parallel = parallel
+        self.history = history
         self.trace = trace
         self.interval = interval
         self.retain = retain
@@ -133,6 +144,7 @@ class Checkpoints:
         """Make a fully written checkpoint the latest one; each step leaves a folder that can be resumed from."""
         record = {"format": FORMAT, **dataclasses.asdict(state)}
         (partial / STATE).write_text(json.dumps(record, indent=1))
+        np.savez(partial / HISTORY, **{name: np.array(value) for name, value in self.history.state_dict().items()})
         for path in partial.iterdir():
             _flush_to_disk(path)
         shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from an earlier checkpoint

@@ -161,6 +161,8 @@ class EngineStats:
     """Seconds of each engine step."""
     acceptance: dict = field(default_factory=dict)
     """`AcceptanceStats` (tlt/spec/acceptance.py) of each drafter, by name."""
+    plan_s: float = 0.0
+    """Seconds spent on deciding who drafts."""
     speculative_step_s: float = 0.0
     """Seconds of engine steps that verified drafts, their drafting included."""
     num_strategy_switches: int = 0

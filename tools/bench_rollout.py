@@ -101,6 +101,7 @@ def make_engine(args: argparse.Namespace, kind: str):
 
     from tlt.build import stop_token_ids
     from tlt.config import RolloutConfig, SpecConfig, read_hf_config
+    from tlt.drafter.history import SuffixHistory
     from tlt.rollout.vllm.engine import VLLMRolloutEngine
     from tlt.rollout.vllm.speculation import read_spec_plan
     from tlt.types import SamplingConfig
@@ -113,7 +114,7 @@ def make_engine(args: argparse.Namespace, kind: str):
     engine = VLLMRolloutEngine(
         rollout, hf_model=args.model, dtype=args.dtype, seed=0,
         stop_token_ids=stop_token_ids(Path(args.model), hf_config, tokenizer), decode=lambda ids: "",
-        should_stop=lambda: False, spec=plan,
+        should_stop=lambda: False, spec=plan, history=SuffixHistory(0),
     )  # fmt: skip
     return engine, SamplingConfig
 

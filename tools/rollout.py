@@ -80,6 +80,7 @@ def build(args: argparse.Namespace):
 
     from tlt.build import stop_token_ids
     from tlt.config import RolloutConfig, SpecConfig, read_hf_config, require
+    from tlt.drafter.history import SuffixHistory
     from tlt.rollout.vllm.engine import VLLMRolloutEngine
     from tlt.rollout.vllm.speculation import read_spec_plan
     from tlt.types import SamplingConfig
@@ -109,7 +110,7 @@ def build(args: argparse.Namespace):
     engine = VLLMRolloutEngine(
         rollout, hf_model=args.model, dtype=args.dtype, seed=args.seed,
         stop_token_ids=stop_token_ids(Path(args.model), hf_config, tokenizer), decode=tokenizer.decode,
-        should_stop=lambda: False, spec=plan,
+        should_stop=lambda: False, spec=plan, history=SuffixHistory(0),
     )  # fmt: skip
     sampling = SamplingConfig(
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_response_tokens=args.max_tokens

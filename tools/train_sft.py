@@ -69,6 +69,7 @@ def build(config, inputs: SftInputs):
     from megatron_patches import apply_patches
     from tlt import parallel as process_groups
     from tlt.build import build_checkpoints, build_metrics_log, build_policy_trainer
+    from tlt.drafter.history import SuffixHistory
     from tlt.interrupt import Interrupt
     from tlt.progress import Progress
     from tlt.provenance import write_run_record
@@ -101,7 +102,7 @@ def build(config, inputs: SftInputs):
             sequences=inputs.held_out, interval=config.sft.eval_interval, train_iters=training.train_iters
         ),
         policy_trainer=trainer,
-        checkpoints=build_checkpoints(training, trainer, parallel, trace=trace),
+        checkpoints=build_checkpoints(training, trainer, parallel, history=SuffixHistory(0), trace=trace),
         metrics=build_metrics_log(training, inputs.state, parallel),
         trace=trace,
         interrupt=interrupt,

@@ -8,6 +8,7 @@ import torch
 
 from megatron_patches import apply_patches
 from tlt.config import RolloutConfig, SpecConfig, read_hf_config
+from tlt.drafter.history import SuffixHistory
 from tlt.rollout.vllm.engine import VLLMRolloutEngine
 from tlt.rollout.vllm.speculation import read_spec_plan
 from tlt.types import Prompt, Rollout, RolloutGroup, SamplingConfig
@@ -17,7 +18,7 @@ EOS = 258  # <|im_end|> of tests/tiny_models.py
 
 def make_engine(
     folder: Path, *, dtype: str = "float32", should_stop: Callable[[], bool] = lambda: False,
-    spec: SpecConfig | None = None, **config,
+    spec: SpecConfig | None = None, history_mib: int = 0, **config,
 ) -> VLLMRolloutEngine:  # fmt: skip
     """Collective over all ranks; all must call."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -39,6 +40,7 @@ def make_engine(
         decode=lambda ids: " ".join(map(str, ids)),
         should_stop=should_stop,
         spec=plan,
+        history=SuffixHistory(history_mib * 2**20),
     )
 
 

@@ -67,14 +67,19 @@ class EveryStep:
 class ByRequest:
     """Routes each request its own way, and differently as it grows; alike on all ranks, or their collectives part."""
 
+    choices = (("off", 0), ("prompt_lookup", 3), ("eagle", 4), ("suffix", 5))
+
     def __init__(self) -> None:
         self.routes: set[str] = set()
 
-    def route(self, request: DraftRequest, strategy: SpecStrategy) -> SpecStrategy:
-        choice = (ord(request.name[-1]) + request.num_tokens // 7) % 3
-        route = (OFF, SpecStrategy(method="prompt_lookup", num_draft_tokens=3), strategy)[choice]
-        self.routes.add(route.method)
-        return route
+    def plan(self, requests: list[DraftRequest], strategy: SpecStrategy) -> dict[str, list[DraftRequest]]:
+        plan: dict[str, list[DraftRequest]] = {}
+        for request in requests:
+            method, count = self.choices[(ord(request.name[-1]) + request.num_tokens // 7) % len(self.choices)]
+            self.routes.add(method)
+            if count:
+                plan.setdefault(method, []).append(request.asking_for(min(count, request.num_draft_tokens)))
+        return plan
 
 
 def all_tokens(engine, prompts) -> list[dict]:
@@ -97,23 +102,37 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_fil
         for sampling, plain in zip(SAMPLINGS, expected, strict=True):
             assert tokens(generate(engine, prompts, sampling)) == plain, (label, sampling)
 
-    fixed = [("coupled", ("off", "eagle:1", "eagle:6", "prompt_lookup:4")), ("one-hot", ("eagle:2", "eagle:6"))]
+    fixed = [
+        ("coupled", ("off", "eagle:1", "eagle:6", "prompt_lookup:4", "suffix:6")),
+        ("one-hot", ("eagle:2", "eagle:6")),
+    ]
     for drafts, strategies in fixed if tp_size == 1 else [("coupled", ("eagle:6",))]:
         speculation.learned.drafts = drafts
         for strategy in strategies:
             speculation.policy = FixedStrategy(parse_strategy(strategy, "test"))
             check(f"{drafts} {strategy}")
     rng = random.Random(0)
-    choices = [OFF, *(parse_strategy(f"{m}:{k}", "test") for m in ("eagle", "prompt_lookup") for k in (1, 2, 3, 6))]
+    choices = [
+        OFF,
+        *(
+            parse_strategy(f"{m}:{k}", "test")
+            for m in ("eagle", "prompt_lookup", "suffix", "adaptive")
+            for k in (1, 2, 3, 6)
+        ),
+    ]
     speculation.policy = EveryStep([rng.choice(choices) for _ in range(101)])
     check("another strategy every step")
     assert engine.stats().num_strategy_switches > 20
     speculation.policy = FixedStrategy(parse_strategy("eagle:4", "test"))
     router = ByRequest()
-    speculation.drafting.router = router
+    adaptive, speculation.drafting.router = speculation.drafting.router, router
     check("routed by request")
-    assert router.routes == {"off", "prompt_lookup", "eagle"}
-    assert set(engine.stats().acceptance) >= {"prompt_lookup", "eagle"}
+    assert router.routes == {"off", "prompt_lookup", "eagle", "suffix"}
+    assert set(engine.stats().acceptance) >= {"prompt_lookup", "eagle", "suffix"}
+    speculation.drafting.router = adaptive
+    speculation.policy = FixedStrategy(parse_strategy("adaptive:6", "test"))
+    check("adaptive")
+    assert set(engine.stats().acceptance) >= {"eagle", "suffix"}
     engine.close()
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "policy": BASE | {"metrics", "trace", "parallel", "rl"},
     "weight_sync": BASE | {"trace", "parallel", "protocols"},
     "rollout": BASE | {"trace", "parallel", "protocols", "interrupt", "spec", "drafter"},
-    "run_state": {"parallel", "protocols", "trace"},
+    "run_state": {"drafter", "parallel", "protocols", "trace"},
     "evaluation": {"rollout", "types"},
     "loop": {
         "config", "evaluation", "interrupt", "metrics", "parallel", "progress", "protocols", "rl", "rollout",
@@ -36,7 +36,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     },
     "workload": set(),
     "spec": BASE,
-    "drafter": BASE,
+    "drafter": BASE | {"spec"},
     "sft": BASE | {"data", "interrupt", "metrics", "parallel", "policy", "progress", "run_state", "trace"},
     "launch": {"arguments"},
     "build": None,  # knows all classes

@@ -11,8 +11,10 @@ class SpecConfig:
     """Flags --spec-*: lossless speculative decoding; responses have the policy's distribution whatever is drafted."""
 
     strategy: str = "off"
-    """What drafts: `eagle:<tokens>` (the head of --spec-drafter), `prompt_lookup:<tokens>` (n-gram match in the
-    request's own text), or `off`."""
+    """What drafts: `eagle:<tokens>` (the head of --spec-drafter), `suffix:<tokens>` (longest match in the texts of the
+    request, its siblings and past responses), `prompt_lookup:<tokens>` (n-gram match in its own text),
+    `adaptive:<tokens>` (for each request the drafter and the number of tokens, at most so many, that pay for
+    themselves), or `off`."""
     max_running_requests: int | None = None
     """Speculate in engine steps with at most this many running requests (the long tail); None means always."""
     drafter: str | None = None
@@ -21,6 +23,9 @@ class SpecConfig:
     """How a learned drafter's tokens are chosen: drawn from its own distribution with the numbers that the policy will
     draw with (coupled) or its best token (one-hot), which both leave each response token for token as without
     speculation; or drawn independently and verified by rejection sampling (sampled), which leaves its distribution."""
+    history_mib: int = 64
+    """MiB of host memory on each rank for responses of past iterations, which suffix drafts and expected lengths are
+    taken from; 0 keeps none."""
     collapse_frac: float = 0.5
     """A newly loaded drafter whose acceptance rate falls below this share of its predecessor's is withdrawn."""
     hidden_states_mib: int = 0
@@ -34,5 +39,6 @@ class SpecConfig:
             self.max_running_requests,
             "at least 1",
         )
+        require(self.history_mib >= 0, "--spec-history-mib", self.history_mib, "at least 0")
         require(0 <= self.collapse_frac < 1, "--spec-collapse-frac", self.collapse_frac, "in [0, 1)")
         require(self.hidden_states_mib >= 0, "--spec-hidden-states-mib", self.hidden_states_mib, "at least 0")

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tlt.drafter.history import SuffixHistory
 from tlt.interrupt import Interrupt, Interrupted
 from tlt.parallel import Parallel
 from tlt.protocols import RewardFn, RolloutEngine, RolloutInterrupted
@@ -29,11 +30,13 @@ class RolloutCollector:
     """Brings engine, rewards and ranks together; the same for training (sampled groups) and evaluation (greedy)."""
 
     def __init__(
-        self, engine: RolloutEngine, rewards: RewardFn, parallel: Parallel, *, interrupt: Interrupt, trace: Trace
-    ):
+        self, engine: RolloutEngine, rewards: RewardFn, parallel: Parallel, *, history: SuffixHistory,
+        interrupt: Interrupt, trace: Trace,
+    ):  # fmt: skip
         self.engine = engine
         self.rewards = rewards
         self.parallel = parallel
+        self.history = history
         self.interrupt = interrupt
         self.trace = trace
 
@@ -70,7 +73,11 @@ class RolloutCollector:
             reports = self.parallel.all_gather_objects(report)
         if any(report.interrupted for report in reports):
             raise Interrupted
-        return in_order(prompts, reports), rollout_metrics(reports)
+        groups = in_order(prompts, reports)
+        for group in groups:  # the same on all ranks, wherever a prompt will be placed next
+            for rollout in group.rollouts:
+                self.history.add(group.prompt.prompt_id, rollout.token_ids, policy_version=rollout.policy_version)
+        return groups, rollout_metrics(reports)
 
 
 def in_order(prompts: Sequence[Prompt], reports: Sequence[ReplicaReport]) -> list[RolloutGroup]:
@@ -140,6 +147,7 @@ def spec_metrics(reports: Sequence[ReplicaReport]) -> dict[str, float]:
         "spec/acceptance_length": total.acceptance_length,
         "spec/acceptance_rate": total.acceptance_rate,
         "spec/draft_frac_of_time": total.draft_s / step_s if step_s > 0 else 0.0,
+        "spec/plan_frac_of_time": sum(report.stats.plan_s for report in reports) / step_s if step_s > 0 else 0.0,
         "spec/speculative_frac_of_time": speculative_s / step_s if step_s > 0 else 0.0,
         "spec/strategy_switches": float(sum(report.stats.num_strategy_switches for report in reports)),
         "spec/roll_backs": float(sum(report.stats.num_roll_backs for report in reports)),

@@ -2,7 +2,9 @@
 
 from tlt.types import OFF, SpecStrategy
 
-METHODS = ("eagle", "prompt_lookup")
+ADAPTIVE = "adaptive"
+"""Each request gets the drafter and the length that pay for it (tlt/drafter/router.py), at most so many tokens."""
+METHODS = ("eagle", "prompt_lookup", "suffix", ADAPTIVE)
 MAX_DRAFT_TOKENS = 32
 
 

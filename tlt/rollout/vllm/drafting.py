@@ -14,7 +14,8 @@ import torch
 
 from tlt.rollout.vllm.learned_drafter import DraftRequest
 from tlt.rollout.vllm.ledger import DraftLedger, Proposal
-from tlt.types import OFF, SpecStrategy
+from tlt.rollout.vllm.routing import OneForAll, Router
+from tlt.types import OFF
 
 SEED, NAME = "seed", "name"
 """Keys of a request's seed and name in `SamplingParams.extra_args`."""
@@ -63,20 +64,6 @@ class EngineDrafter(Protocol):
         """These requests ended or lost their blocks."""
 
 
-class Router(Protocol):
-    """Which drafter drafts how much for each request."""
-
-    def route(self, request: DraftRequest, strategy: SpecStrategy) -> SpecStrategy:
-        """A pure function of the request's past."""
-
-
-class OneForAll:
-    """Every request gets the engine step's strategy."""
-
-    def route(self, request: DraftRequest, strategy: SpecStrategy) -> SpecStrategy:
-        return strategy
-
-
 class NoHiddenStates:
     """Stands for a token pool where no one needs hidden states."""
 
@@ -98,6 +85,10 @@ class Drafting:
         self.agree = agree
         self.router: Router = OneForAll()
         self.strategy = OFF
+        self.num_tokens = 0
+        """Verified in the last engine step, one of each request included; 0 where it also read prompts."""
+        self.draft_s = 0.0
+        """Spent on drafts in the last engine step."""
         runner.propose_draft_token_ids = self.propose
         # Requests near the context's end get fewer drafts below; vLLM would invent some for the whole batch instead.
         runner.effective_drafter_max_model_len = runner.max_model_len + max_draft_tokens + 1
@@ -119,9 +110,14 @@ class Drafting:
             drafter.forget(gone)
         request_ids = self.runner.input_batch.req_ids
         self.ledger.forget([*gone, *request_ids])
+        num_decoded = len(request_ids) + sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
+        self.num_tokens = num_decoded if num_decoded == num_tokens else 0
+        self.draft_s = 0.0
         if self.strategy.num_draft_tokens == 0:
             return [[] for _ in request_ids]
+        begin_s = time.perf_counter()
         proposals = self._proposals(self._requests(sampled_token_ids))
+        self.draft_s = time.perf_counter() - begin_s
         own = [proposals[name].token_ids if name in proposals else [] for name in request_ids]
         drafts = self.agree(own)
         if drafts != own:  # the replica's first rank rounded differently: its tokens are what will be verified
@@ -157,14 +153,11 @@ class Drafting:
 
     def _proposals(self, requests: Sequence[DraftRequest]) -> dict[str, Proposal]:
         """Of all drafters, by request id; an empty draft is none."""
-        by_drafter: dict[str, list[DraftRequest]] = {}
-        for request in requests:
-            route = self.router.route(request, self.strategy)
-            count = min(route.num_draft_tokens, request.num_draft_tokens)
-            if count > 0:
-                by_drafter.setdefault(route.method, []).append(request.asking_for(count))
+        begin_s = time.perf_counter()
+        plan = self.router.plan(requests, self.strategy)
+        self.ledger.plan_s += time.perf_counter() - begin_s
         proposals: dict[str, Proposal] = {}
-        for name, own in by_drafter.items():
+        for name, own in plan.items():
             begin_s = time.perf_counter()
             proposals |= self.drafters[name].draft(own)
             self.ledger.stats[name].draft_s += time.perf_counter() - begin_s

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from tlt.config import RolloutConfig
+from tlt.drafter.history import SuffixHistory
 from tlt.protocols import OnFinished, RolloutInterrupted
-from tlt.rollout.placement import place_groups
+from tlt.rollout.placement import longest_first, place_groups
 from tlt.rollout.vllm import readback, sampling
 from tlt.rollout.vllm.drafting import NAME, SEED, speculative_config
 from tlt.rollout.vllm.speculation import SpecPlan, make_speculation
@@ -72,11 +73,13 @@ class VLLMRolloutEngine:
     def __init__(
         self, config: RolloutConfig, *, hf_model: str, dtype: str, seed: int, stop_token_ids: Sequence[int],
         decode: Callable[[Sequence[int]], str], should_stop: Callable[[], bool], spec: SpecPlan,
+        history: SuffixHistory,
     ):  # fmt: skip
         set_engine_environment(config)
         from vllm import LLM
 
         self.config = config
+        self.history = history
         self.stop_token_ids = list(stop_token_ids)
         self.decode = decode
         self.should_stop = should_stop
@@ -114,8 +117,7 @@ class VLLMRolloutEngine:
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.runner = self.engine.model_executor.driver_worker.worker.model_runner
         self.speculation = make_speculation(
-            spec, self.runner, self.scheduler, agree=self._agree,
-            hf_model=hf_model,
+            spec, self.runner, self.scheduler, agree=self._agree, hf_model=hf_model, history=history
         )  # fmt: skip
         self.sampler = sampling.PositionSampler(self.runner, self.speculation.ledger)
         self.policy_version = -1
@@ -146,13 +148,15 @@ class VLLMRolloutEngine:
         """
         if self.is_asleep:
             raise RuntimeError("generate was called while the engine sleeps; call wake and load_weights before")
-        replicas = place_groups(len(prompts), self.num_replicas)
+        lengths = [self.history.expected_length(prompt.prompt_id) for prompt in prompts]
+        replicas = place_groups(lengths, self.num_replicas)
         own = [prompt for prompt, replica in zip(prompts, replicas, strict=True) if replica == self.replica]
+        order = longest_first([n for n, replica in zip(lengths, replicas, strict=True) if replica == self.replica])
         begin_s = time.perf_counter()
         self._stats = EngineStats()
-        self.speculation.begin()
+        self.speculation.begin(own)
         waiting = {}
-        for prompt in own:
+        for prompt in (own[index] for index in order):
             for sample in range(group_size):
                 request_id = f"{prompt.prompt_id}#{sample}"
                 if request_id in waiting:

@@ -4,10 +4,12 @@ Shapes: B requests, T tokens, H hidden, V_draft tokens that may be drafted. A re
 n - 1 of them; the last token was just sampled.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from tlt.drafter.model import EagleHead
@@ -37,9 +39,41 @@ class DraftRequest:
     temperature: float
     seed: int
 
+    @property
+    def group(self) -> str:
+        """Id of its prompt: names are `<prompt>#<sample>`."""
+        return self.name.rpartition("#")[0]
+
     def asking_for(self, num_draft_tokens: int) -> "DraftRequest":
         """The same request with fewer drafts."""
         return replace(self, num_draft_tokens=num_draft_tokens)
+
+
+class DraftLimit(Protocol):
+    """Ends drafts before they are as long as was asked for; alike on all ranks of a replica."""
+
+    def begin(self, name: str, requests: Sequence[DraftRequest]) -> None:
+        """A drafter begins to draft for these."""
+
+    def goes_on(self, rows: np.ndarray, confidences: np.ndarray) -> np.ndarray:
+        """[B] whether each of the requests at [B] `rows` gets a token more, one having been drafted with [B]
+        confidences."""
+
+    def num_tokens(self, row: int, num_drafted: int) -> int:
+        """How many of a request's drafted tokens are to be verified."""
+
+
+class AsAsked:
+    """No limit but what was asked for."""
+
+    def begin(self, name: str, requests: Sequence[DraftRequest]) -> None:
+        """Nothing to remember."""
+
+    def goes_on(self, rows: np.ndarray, confidences: np.ndarray) -> np.ndarray:
+        return np.ones(len(rows), dtype=bool)
+
+    def num_tokens(self, row: int, num_drafted: int) -> int:
+        return num_drafted
 
 
 class LearnedDrafter:
@@ -52,6 +86,8 @@ class LearnedDrafter:
         self.name = name
         self.drafts = drafts
         self.version = 0
+        self.limit: DraftLimit = AsAsked()
+        self.on_pass: Callable[[int, float], None] = lambda num_rows, seconds: None
         self.output_weight: torch.Tensor | None = None
         self._previous: dict[str, torch.Tensor] = {}
         self._num_cached: dict[str, int] = {}
@@ -104,35 +140,55 @@ class LearnedDrafter:
             return {}
         self._num_passes += 1
         keeps_probs = self.drafts == "sampled" or self._num_passes % OVERLAP_INTERVAL == 0
-        requests = sorted(requests, key=lambda request: -request.num_draft_tokens)  # those that go on come first
+        self.limit.begin(self.name, requests)
+        begin_s = time.perf_counter()
         block_table = self.pool.block_table(torch.tensor([request.row for request in requests]))
+        asked = np.array([request.num_draft_tokens for request in requests])
+        rows = np.arange(len(requests))  # that go on
         hidden = self._catch_up(requests, block_table)
         tokens: list[list[int]] = [[] for _ in requests]
         probs: list[list[torch.Tensor]] = [[] for _ in requests]
-        for step in range(requests[0].num_draft_tokens):
-            drawn, draft_probs = self._choose(hidden, requests[: len(hidden)], step)
-            for index, token in enumerate(drawn.tolist()):
-                tokens[index].append(token)
+        confidences: list[list[float]] = [[] for _ in requests]
+        step = 0
+        while True:
+            drawn, draft_probs, confidence = self._choose(hidden, [requests[row] for row in rows], step)
+            for index, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
+                tokens[row].append(token)
+                confidences[row].append(confidence[index])
                 if keeps_probs:
-                    probs[index].append(draft_probs[index])
-            going_on = [request for request in requests if request.num_draft_tokens > step + 1]
-            if going_on:
-                num = len(going_on)
-                position = torch.tensor([request.num_tokens - 1 + step for request in going_on], dtype=torch.int32)
-                hidden = self._one_more(drawn[:num], hidden[:num], position, block_table[:num])
+                    probs[row].append(draft_probs[index])
+            self.on_pass(len(rows), time.perf_counter() - begin_s)
+            step += 1
+            goes_on = self.limit.goes_on(rows, confidence) & (asked[rows] > step)
+            if not goes_on.any():
+                break
+            begin_s = time.perf_counter()
+            rows, kept = rows[goes_on], torch.from_numpy(goes_on)
+            position = torch.tensor([requests[row].num_tokens - 2 + step for row in rows], dtype=torch.int32)
+            hidden = self._one_more(drawn[kept], hidden[kept.to(hidden.device)], position, block_table[rows])
+        counts = [len(drafted) for drafted in tokens]
+        if self.drafts != "sampled":
+            # Rejection sampling is exact only if whether a draft is verified does not depend on what it turned out
+            # to be; where the policy's token depends on no draft, any may be dropped.
+            counts = [self.limit.num_tokens(row, count) for row, count in enumerate(counts)]
         return {
-            request.request_id: self._proposal(request, tokens[index], probs[index])
-            for index, request in enumerate(requests)
+            request.request_id: self._proposal(request, counts[row], tokens[row], confidences[row], probs[row])
+            for row, request in enumerate(requests)
         }
 
-    def _proposal(self, request: DraftRequest, tokens: list[int], probs: list[torch.Tensor]) -> Proposal:
+    def _proposal(
+        self, request: DraftRequest, count: int, tokens: list[int], confidences: list[float],
+        probs: list[torch.Tensor],
+    ) -> Proposal:  # fmt: skip
         is_random = request.temperature > 0
         return Proposal(
             drafter=self.name,
             request_name=request.name,
-            token_ids=tokens,
+            token_ids=tokens[:count],
+            confidences=np.array(confidences[:count]),
+            is_random=is_random,
             is_sampled=is_random and self.drafts == "sampled",
-            draft_probs=torch.stack(probs) if is_random and probs else None,
+            draft_probs=torch.stack(probs[:count]) if is_random and probs[:count] else None,
             draft_token_ids=self.head.draft_token_ids,
         )
 
@@ -173,8 +229,8 @@ class LearnedDrafter:
 
     def _choose(
         self, hidden: torch.Tensor, requests: Sequence[DraftRequest], step: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(token [B] int64 on the CPU, probabilities [B, V_draft]) that follow the head's output."""
+    ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """(token [B] int64 on the CPU, probabilities [B, V_draft], its own [B]) that follow the head's output."""
         if self.output_weight is not None:
             logits = torch.nn.functional.linear(hidden, self.output_weight)
         else:
@@ -192,7 +248,8 @@ class LearnedDrafter:
                 [request.num_tokens + step for request in requests], stream=stream, token_ids=ids,
             )  # fmt: skip
             columns = torch.where(temperature > 0, drawn, logits.argmax(1))
-        return (columns if ids is None else ids[columns]).cpu(), probs
+        confidences = probs.gather(1, columns[:, None]).squeeze(1).double().cpu().numpy()
+        return (columns if ids is None else ids[columns]).cpu(), probs, confidences
 
 
 def output_name(model: Any) -> str:

@@ -5,9 +5,10 @@ draft, V vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from tlt.spec.acceptance import AcceptanceStats
@@ -21,6 +22,11 @@ class Proposal:
     drafter: str
     request_name: str
     token_ids: list[int]  # [K]
+    confidences: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [K] the drafter's own probabilities
+    match_length: int = 0
+    """Tokens before the draft that a suffix drafter matched."""
+    is_random: bool = True
+    """The request is sampled at a temperature above 0."""
     is_sampled: bool = False
     """Drawn from `draft_probs` independently of the policy's draw, to be verified by rejection sampling."""
     draft_probs: torch.Tensor | None = None  # [K, V_draft] where sampled, and now and then to measure the overlap
@@ -38,6 +44,7 @@ class DraftLedger:
     """Proposals of the last engine step and the statistics of all verified ones since `begin`."""
 
     def __init__(self) -> None:
+        self.on_verified: Callable[[Proposal, int], None] = lambda proposal, num_accepted: None
         self.begin()
 
     def begin(self) -> None:
@@ -45,6 +52,7 @@ class DraftLedger:
         self.proposals: dict[str, Proposal] = {}
         self.stats: dict[str, AcceptanceStats] = defaultdict(AcceptanceStats)
         self.requests: dict[str, RequestCount] = defaultdict(RequestCount)  # by name, which vLLM's ids are not
+        self.plan_s = 0.0  # spent on deciding who drafts
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Their proposals were verified or dropped. Those of requests that vLLM held back a step stay."""
@@ -89,6 +97,7 @@ class DraftLedger:
         request.num_drafts += 1
         request.num_draft_tokens += count
         request.num_accepted_tokens += accepted
+        self.on_verified(proposal, accepted)
 
 
 def spread(proposal: Proposal, vocab_size: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,20 @@ from safetensors import safe_open
 
 from tlt.config.spec import SpecConfig
 from tlt.drafter.buffer import HiddenStateBuffer
+from tlt.drafter.history import SuffixHistory
 from tlt.drafter.model import EagleHead, load_head
+from tlt.drafter.router import SUFFIX, DraftRouter
 from tlt.rollout.vllm.drafting import Agree, Drafting, EngineDrafter, NoHiddenStates, request_name
 from tlt.rollout.vllm.learned_drafter import LearnedDrafter, output_name
 from tlt.rollout.vllm.ledger import DraftLedger
 from tlt.rollout.vllm.lookup_drafter import LookupDrafter
+from tlt.rollout.vllm.routing import NO_PRICES, AdaptiveRouting
+from tlt.rollout.vllm.suffix_drafter import SuffixDrafter, compile_kernels
 from tlt.rollout.vllm.token_pool import TokenPool
-from tlt.spec.strategy import FixedStrategy, parse_strategy
+from tlt.spec.cost_model import CostModel
+from tlt.spec.strategy import ADAPTIVE, FixedStrategy, parse_strategy
 from tlt.spec.watchdog import Watchdog
-from tlt.types import EngineStats, HiddenStateSample, SpecStrategy
+from tlt.types import EngineStats, HiddenStateSample, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +74,7 @@ class NoSpeculation:
     def __init__(self) -> None:
         self.ledger = DraftLedger()
 
-    def begin(self) -> None:
+    def begin(self, prompts: Sequence[Prompt]) -> None:
         """Nothing to count."""
 
     def before_step(self, num_running: int) -> None:
@@ -96,19 +101,20 @@ class Speculation:
     """Of one engine that may draft; `policy` chooses for each step."""
 
     def __init__(
-        self, plan: SpecPlan, runner: Any, scheduler: Any, *, agree: Agree,
-        hf_model: str,
-    ):  # fmt: skip
+        self, plan: SpecPlan, runner: Any, scheduler: Any, *, agree: Agree, hf_model: str, history: SuffixHistory
+    ):
         self.policy = plan.policy
         self.runner = runner
         self.agree = agree
         self.ledger = DraftLedger()
         self.buffer = HiddenStateBuffer(plan.config.hidden_states_mib * 2**20)
         self.watchdog = Watchdog(collapse_frac=plan.config.collapse_frac)
-        self.begin()
         needs_pool = plan.head is not None or self.buffer.is_open
         pool = TokenPool(runner) if needs_pool else NoHiddenStates()
-        drafters: dict[str, EngineDrafter] = {"prompt_lookup": LookupDrafter(runner)}
+        self.suffix = SuffixDrafter(runner, history)
+        if plan.policy.strategy.method in (SUFFIX, ADAPTIVE):
+            compile_kernels()
+        drafters: dict[str, EngineDrafter] = {"prompt_lookup": LookupDrafter(runner), SUFFIX: self.suffix}
         self.learned: LearnedDrafter | None = None
         if plan.head is not None:
             self.learned = LearnedDrafter(plan.head, runner, pool, name=LEARNED, drafts=plan.config.drafts)
@@ -120,10 +126,22 @@ class Speculation:
             runner, scheduler, drafters=drafters, ledger=self.ledger, pool=pool, agree=agree,
             max_draft_tokens=runner.num_spec_tokens,
         )  # fmt: skip
+        self.costs = CostModel()
+        heads = [] if self.learned is None else [LEARNED]
+        self.router = DraftRouter(heads, max_draft_tokens=runner.num_spec_tokens)
+        self.routing = AdaptiveRouting(self.router, self.suffix, agree=agree)
+        self.drafting.router = self.routing
+        self.ledger.on_verified = self.routing.verified
+        if self.learned is not None:
+            self.learned.limit = self.routing
+            self.learned.on_pass = lambda num_rows, seconds: self.costs.observe_pass(LEARNED, num_rows, seconds)
+        self.begin([])
 
-    def begin(self) -> None:
-        """A rollout begins: statistics start anew."""
+    def begin(self, prompts: Sequence[Prompt]) -> None:
+        """A rollout of these prompts begins: statistics start anew, what was learned of them stays."""
         self.ledger.begin()
+        self.suffix.begin(prompts)
+        self.router.begin()
         self._switches = self._roll_backs = 0
         self._speculative_s = 0.0
         self._counted = (0, 0)
@@ -131,7 +149,11 @@ class Speculation:
 
     def before_step(self, num_running: int) -> None:
         """Choose what is drafted at the end of the next engine step."""
-        strategy: SpecStrategy = self.agree(self.policy.choose(num_running))
+        own = self.policy.choose(num_running)
+        prices = NO_PRICES
+        if own.method == ADAPTIVE:
+            prices = self.costs.prices(num_running, self.router.num_planned)
+        strategy, self.routing.prices = self.agree((own, prices))
         self._switches += strategy != self.drafting.strategy
         self.drafting.strategy = strategy
         self._had_drafts = bool(self.ledger.proposals)
@@ -139,6 +161,8 @@ class Speculation:
     def after_step(self, seconds: float) -> None:
         """Watch the acceptance of the step that ended."""
         self._speculative_s += seconds * self._had_drafts
+        if self.drafting.num_tokens:
+            self.costs.observe_step(self.drafting.num_tokens, seconds - self.drafting.draft_s)
         if self.learned is None:
             return
         stats = self.ledger.stats[LEARNED]
@@ -147,6 +171,7 @@ class Speculation:
             self._roll_backs += 1
             bad = self.learned.version
             self.learned.roll_back()
+            self.router.drafter_changed(LEARNED)
             logger.error(
                 "drafter version %d was withdrawn: accepted at %.3f against %.3f before; the one before it drafts "
                 "again, as version %d", bad, self.watchdog.num_accepted / self.watchdog.num_drafted,
@@ -155,7 +180,8 @@ class Speculation:
         self._counted = (drafted, accepted)
 
     def finished(self, name: str, token_ids: list[int], *, num_prompt_tokens: int, policy_version: int) -> None:
-        """Keep the hidden states of a response that just ended, while its blocks still hold them."""
+        """Keep a response that just ended: its text for its siblings, its hidden states while its blocks hold them."""
+        self.suffix.finished(name, token_ids)
         if not self.buffer.is_open:
             return
         rows = self.runner.input_batch.req_id_to_index
@@ -176,6 +202,7 @@ class Speculation:
             raise RuntimeError("the engine was built without a learned drafter (--spec-drafter)")
         self.learned.load(tensors, version=version)
         self.watchdog.drafter_changed()
+        self.router.drafter_changed(LEARNED)
 
     def renew_output(self, name: str, tensor: torch.Tensor) -> None:
         """A weight of the target was replaced; frozen copies of it follow."""
@@ -189,6 +216,7 @@ class Speculation:
     def report(self, stats: EngineStats) -> None:
         """Write what this rollout's speculation did into its statistics."""
         stats.acceptance = dict(self.ledger.stats)
+        stats.plan_s = self.ledger.plan_s
         stats.speculative_step_s = self._speculative_s
         stats.num_strategy_switches = self._switches
         stats.num_roll_backs = self._roll_backs

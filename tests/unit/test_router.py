@@ -1,0 +1,196 @@
+"""The router's decisions against hand-made worths and prices, its learning from verified drafts, costs, placement."""
+
+import numpy as np
+import pytest
+
+from tlt.drafter.calibration import Calibration, cell_centres
+from tlt.drafter.router import SUFFIX, Candidate, DraftRouter, is_probe, paying_depth, take
+from tlt.rollout.placement import longest_first, place_groups
+from tlt.spec.cost_model import CostModel, Curve, Prices, bin_of
+
+CHEAP = Prices(step_s=0.02, token_s=0.0001, pass_s={"eagle": 0.0005}, row_s={"eagle": 0.0001})
+DEAR = Prices(step_s=0.02, token_s=0.02, pass_s={"eagle": 0.02}, row_s={"eagle": 0.01})
+
+
+def candidate(name: str = "p#0", *, room: int = 8, match_length: int = 12, probs=()) -> Candidate:
+    return Candidate(name=name, group="p", room=room, is_random=True, match_length=match_length, probs=np.array(probs))
+
+
+def past_probes(router: DraftRouter) -> DraftRouter:
+    router.step = 32  # the next probe is at 64
+    return router
+
+
+def teach(router: DraftRouter, drafter: str, *, num_stood: int, confidence: float, times: int = 200) -> None:
+    for _ in range(times):
+        router.verified(
+            drafter, request="other#0", group="other", is_random=True, match_length=12,
+            confidences=np.full(4, confidence), num_stood=num_stood,
+        )  # fmt: skip
+
+
+def test_tokens_are_taken_while_they_are_worth_their_price():
+    worth = np.array([[0.9, 0.5, 0.2, 0.1], [0.3, 0.29, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1]])
+    num, net, gain = take(worth, 0.25, 4)
+    assert num.tolist() == [2, 2, 0]
+    assert net == pytest.approx([0.9, 0.09, 0.0])
+    assert gain == pytest.approx([1.4, 0.59, 0.0])
+    assert take(worth, 0.25, 1)[0].tolist() == [1, 1, 0]
+
+
+def test_a_head_drafts_as_deep_as_its_rows_together_pay_for():
+    worth = np.array([[0.9, 0.8, 0.7], [0.9, 0.3, 0.1]])
+    num = np.array([3, 2])
+    assert paying_depth(worth, num, 0.1, 0.0, np.zeros(2)) == 3
+    # Passes of 0.65: the first earns 1.6, the second 0.9, the third 0.6 of one row.
+    assert paying_depth(worth, num, 0.1, 0.65, np.zeros(2)) == 2
+    assert paying_depth(worth, num, 0.1, 2.0, np.zeros(2)) == 0
+    # What the rows would be worth without the head is more than the 1.6 + 0.9 - 1.3 that it brings.
+    assert paying_depth(worth, num, 0.1, 0.65, np.array([1.0, 0.3])) == 0
+    assert paying_depth(worth, np.zeros(2, dtype=int), 0.1, 0.0, np.zeros(2)) == 0
+
+
+def test_what_costs_more_than_it_is_worth_is_not_drafted():
+    router = past_probes(DraftRouter(["eagle"], max_draft_tokens=8))
+    candidates = [candidate(f"p#{i}", probs=[0.99] * 8) for i in range(4)]
+    assert router.plan(candidates, DEAR, num_running=4) == [None] * 4
+    routes = router.plan(candidates, CHEAP, num_running=4)
+    assert all(route.num_draft_tokens > 2 for route in routes)
+
+
+def test_each_request_gets_the_drafter_that_is_worth_more():
+    router = past_probes(DraftRouter(["eagle"], max_draft_tokens=8))
+    teach(router, "eagle", num_stood=2, confidence=0.9)
+    teach(router, SUFFIX, num_stood=4, confidence=0.999)
+    teach(router, SUFFIX, num_stood=0, confidence=0.3)
+    strong, weak = candidate("p#0", probs=[0.999] * 8), candidate("p#1", probs=[0.3, 0.3])
+    routes = router.plan([strong, weak], CHEAP, num_running=2)
+    assert [route.drafter for route in routes] == [SUFFIX, "eagle"]
+    # With nothing but strong matches no head is worth a pass.
+    assert {route.drafter for route in router.plan([strong] * 3, CHEAP, num_running=3)} == {SUFFIX}
+
+
+def test_no_route_is_longer_than_its_request_has_room_for():
+    router = past_probes(DraftRouter(["eagle"], max_draft_tokens=8))
+    teach(router, "eagle", num_stood=4, confidence=0.99)
+    candidates = [candidate("p#0", room=1, probs=[0.99] * 8), candidate("p#1", room=3)]
+    counts = [route.num_draft_tokens for route in router.plan(candidates, CHEAP, num_running=2)]
+    assert counts[0] == 1
+    assert 1 <= counts[1] <= 3
+
+
+def test_a_drafter_that_was_not_worth_it_is_tried_again_at_probes():
+    router = DraftRouter(["eagle"], max_draft_tokens=8)
+    candidates = [candidate(f"p#{i}", probs=[0.5] * 8) for i in range(4)]
+    steps = [router.plan(candidates, DEAR, num_running=4) for _ in range(200)]
+    probed = [index + 1 for index, routes in enumerate(steps) if any(routes)]
+    assert probed == [step for step in range(1, 201) if is_probe(step)]
+    assert {route.drafter for index in probed for route in steps[index - 1] if route} == {SUFFIX, "eagle"}
+
+
+def test_trust_of_a_request_begins_with_its_group_and_becomes_its_own():
+    router = DraftRouter(["eagle"], max_draft_tokens=4)
+    assert router.factor(SUFFIX, "p#0", "p") == 1
+    for _ in range(50):
+        router.verified(
+            SUFFIX, request="p#1", group="p", is_random=True, match_length=3, confidences=np.full(4, 0.9), num_stood=0
+        )  # fmt: skip
+    assert router.factor(SUFFIX, "p#0", "p") < 0.8
+    assert router.factor(SUFFIX, "q#0", "q") == 1
+    before = router.factor(SUFFIX, "p#0", "p")
+    for _ in range(50):
+        router.verified(
+            SUFFIX, request="p#0", group="p", is_random=True, match_length=3, confidences=np.full(4, 0.9), num_stood=4
+        )  # fmt: skip
+    assert router.factor(SUFFIX, "p#0", "p") > before
+    router.begin()
+    assert router.factor(SUFFIX, "p#0", "p") == 1
+
+
+def test_greedy_and_random_text_are_learned_apart():
+    router = DraftRouter([], max_draft_tokens=4)
+    teach(router, SUFFIX, num_stood=0, confidence=0.9)
+    random, greedy = (router.calibrations[SUFFIX, one].table() for one in (True, False))
+    assert (random < greedy).any()
+    assert router.calibrations[SUFFIX, False].decided.sum() == 0
+
+
+def test_a_calibration_approaches_what_is_observed_and_forgets_after_a_change():
+    calibration = Calibration(np.repeat(cell_centres()[None], 2, axis=0))
+    kinds, confidences = np.array([0, 1, 1]), np.array([0.97, 0.97, 0.97])
+    before = calibration.estimate(kinds, confidences)
+    for _ in range(300):
+        calibration.observe(kinds, confidences, 1)  # the first stands, the second does not, the third is not decided
+    after = calibration.estimate(kinds, confidences)
+    assert after[0] > 0.99
+    assert after[1] < 0.05
+    assert calibration.decided[1].sum() == pytest.approx(calibration.decided[0].sum())
+    calibration.doubt(0.0)
+    assert calibration.estimate(kinds, confidences) == pytest.approx(before)
+
+
+def test_decisions_depend_on_the_calls_alone():
+    def run() -> list:
+        rng = np.random.default_rng(5)
+        router, found = DraftRouter(["eagle"], max_draft_tokens=6), []
+        for _ in range(150):
+            candidates = [
+                candidate(f"p#{i}", probs=rng.uniform(0.2, 1, size=5), match_length=int(rng.integers(1, 20)))
+                for i in range(3)
+            ]
+            routes = router.plan(candidates, CHEAP, num_running=3)
+            found.append(routes)
+            for one, route in zip(candidates, routes, strict=True):
+                if route is not None:
+                    router.verified(
+                        route.drafter, request=one.name, group="p", is_random=True, match_length=one.match_length,
+                        confidences=np.full(route.num_draft_tokens, 0.7),
+                        num_stood=int(rng.integers(route.num_draft_tokens + 1)),
+                    )  # fmt: skip
+        return found
+
+    assert run() == run()
+
+
+def test_bins_are_apart_and_ordered():
+    bins = [bin_of(size) for size in range(1, 2000)]
+    assert bins == sorted(bins)
+    assert len(set(bins[:15])) == 15
+    assert len(set(bins)) < 80
+
+
+def test_a_curve_is_the_median_of_each_size_and_rises():
+    curve = Curve()
+    for seconds in (0.01, 0.011, 5.0):  # one outlier
+        curve.observe(1, seconds)
+    for _ in range(3):
+        curve.observe(9, 0.051)
+        curve.observe(5, 0.009)  # noise: a larger size is not faster
+    assert curve.seconds(1) == 0.011
+    assert curve.seconds(5) == 0.011
+    assert curve.seconds(7) == pytest.approx(0.031)
+    assert curve.seconds(13) == pytest.approx(0.051 + 4 * 0.005)
+    assert Curve().seconds(3) == 0
+
+
+def test_prices_are_differences_of_measured_times():
+    costs = CostModel()
+    assert costs.prices(4, 0).step_s == 0
+    for _ in range(5):
+        costs.observe_step(4, 0.020)
+        costs.observe_step(12, 0.036)
+        costs.observe_pass("eagle", 1, 0.003)
+        costs.observe_pass("eagle", 4, 0.006)
+    prices = costs.prices(4, 8)
+    assert (prices.step_s, prices.token_s) == pytest.approx((0.020, 0.002))
+    assert prices.row_s["eagle"] == pytest.approx(0.001)
+    assert prices.pass_s["eagle"] == pytest.approx(0.002)
+
+
+def test_long_groups_are_spread_and_unknown_ones_dealt_in_turn():
+    assert place_groups([0.0] * 5, 2) == [0, 1, 0, 1, 0]
+    assert place_groups([100, 1, 1, 100], 2) == [0, 0, 1, 1]
+    assert place_groups([10, 9, 8, 1, 1, 1], 2) == [0, 1, 1, 0, 0, 1]
+    counts = np.bincount(place_groups(list(np.random.default_rng(0).lognormal(4, 1, size=37)), 4))
+    assert sorted(counts) == [9, 9, 9, 10]
+    assert longest_first([1, 3, 2, 3]) == [1, 3, 2, 0]

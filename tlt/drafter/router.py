@@ -1,0 +1,280 @@
+"""Who drafts for each request, and how many tokens: what each draft token is worth against what it costs.
+
+A draft token is worth the probability that it and all before it stand; it costs the seconds of one more verified token
+and of the pass that drafts it, at the present rate of tokens a second. Taking what is worth more than it costs
+maximises tokens over seconds (Dinkelbach, Management Science 13(7), 1967). Probabilities come from verified drafts: a
+calibration of each drafter's own confidence, times how this request, and the group it is in, kept to it so far.
+
+Nothing here knows the token that is being verified or reads a clock: decisions are functions of past drafts, past
+tokens and of prices that all ranks share. Shapes: B requests, K draft tokens, M confidence cells.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tlt.drafter.calibration import NUM_CONFIDENCES, Calibration, cell_centres
+from tlt.spec.cost_model import Prices
+
+SUFFIX = "suffix"
+MATCH_EDGES = np.array([2, 3, 4, 5, 7, 10, 16])
+"""Borders of the match-length kinds of suffix drafts."""
+NUM_DEPTHS = 6
+"""Kinds of learned drafts: their depths, the last one for all deeper tokens."""
+TRUST_WEIGHT, TRUST_DECAY = 6.0, 0.97
+"""Expected tokens with which a request's trust in a drafter starts from its group's; what its past weighs after one
+more verification."""
+PROBE_STEPS, PROBE_TOKENS = 64, 2
+"""Every so many engine steps (and at the first powers of two) drafts are made whatever they cost, so that a drafter
+that was not worth it can show that it is now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One request that may get drafts."""
+
+    name: str
+    group: str
+    room: int
+    """Draft tokens of use."""
+    is_random: bool
+    match_length: int = 0
+    probs: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """[K] of its suffix draft, by the tree's counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """One request's drafter and draft tokens at most."""
+
+    drafter: str
+    num_draft_tokens: int
+
+
+@dataclass
+class Trust:
+    """How many draft tokens stood where so many were expected to."""
+
+    expected: float = 0.0
+    stood: float = 0.0
+
+    def factor(self, prior: float) -> float:
+        return min(max((self.stood + TRUST_WEIGHT * prior) / (self.expected + TRUST_WEIGHT), 0.2), 1.5)
+
+    def count(self, expected: float, stood: int) -> None:
+        self.expected = TRUST_DECAY * self.expected + expected
+        self.stood = TRUST_DECAY * self.stood + stood
+
+
+def suffix_prior() -> np.ndarray:
+    """[match kinds, M]: a short match's counts mean little."""
+    trust = np.array([0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95])
+    return trust[:, None] * cell_centres()[None, :]
+
+
+class DraftRouter:
+    """Of one engine; `learned` names its heads in the order of preference where their worth is equal."""
+
+    def __init__(self, learned: Sequence[str], *, max_draft_tokens: int):
+        self.learned = tuple(learned)
+        self.max_draft_tokens = max_draft_tokens
+        depths = np.repeat(cell_centres()[None, :], NUM_DEPTHS, axis=0)
+        # Tables of greedy and of random text apart: an evaluation must not spoil what training needs.
+        self.calibrations = {
+            (name, is_random): Calibration(suffix_prior() if name == SUFFIX else depths)
+            for name in (SUFFIX, *self.learned) for is_random in (False, True)
+        }  # fmt: skip
+        # Before a head has drafted its confidence is unknown: then its depths alone tell, a table of one column.
+        self.depth_rates = {
+            (name, is_random): Calibration(np.full((NUM_DEPTHS, NUM_CONFIDENCES), 0.7))
+            for name in self.learned for is_random in (False, True)
+        }  # fmt: skip
+        self.requests: dict[tuple[str, str], Trust] = {}
+        self.groups: dict[tuple[str, str], Trust] = {}
+        self.step = 0
+        self.num_planned = 0
+        """Draft tokens of the last plan: about so many will be drafted in the next."""
+
+    def begin(self) -> None:
+        """A rollout begins: requests and groups are new."""
+        self.requests.clear()
+        self.groups.clear()
+
+    def drafter_changed(self, name: str, *, share: float = 0.2) -> None:
+        """A head was replaced: little of what is known of it holds."""
+        for is_random in (False, True):
+            self.calibrations[name, is_random].doubt(share)
+            self.depth_rates[name, is_random].doubt(share)
+
+    def plan(self, candidates: Sequence[Candidate], prices: Prices, *, num_running: int) -> list[Route | None]:
+        """[B] routes for one engine step; None drafts nothing."""
+        self.step += 1
+        if not candidates:
+            return []
+        self.prices, self.price, self.is_probe = prices, 0.0, is_probe(self.step)
+        worth = {SUFFIX: self._suffix_worth(candidates)} | {
+            name: self._learned_worth(name, candidates) for name in self.learned
+        }
+        rate = num_running / prices.step_s if prices.step_s > 0 else 0.0
+        # The rate that the plan reaches is the rate at which it should have weighed costs: twice is near enough.
+        for _ in range(1 if self.is_probe else 3):
+            self.rate = 0.0 if self.is_probe else rate
+            routes, gain, cost_s = self._choose(candidates, worth)
+            rate = (num_running + gain) / (prices.step_s + cost_s) if prices.step_s > 0 else 0.0
+        self.num_planned = sum(route.num_draft_tokens for route in routes if route)
+        return routes
+
+    def _choose(self, candidates: Sequence[Candidate], worth: dict) -> tuple[list[Route | None], float, float]:
+        """(routes, expected accepted tokens, seconds) at the present rate."""
+        token_price = self.rate * self.prices.token_s
+        longest = PROBE_TOKENS if self.is_probe else self.max_draft_tokens
+        alone = take(worth[SUFFIX], token_price, longest)  # (num [B], net [B], gain [B])
+        best = (SUFFIX, alone, np.zeros(len(candidates), dtype=bool), 0.0)
+        best_net = alone[1].sum()
+        heads = self.learned
+        if self.is_probe and heads:
+            heads = (heads[self.step // PROBE_STEPS % len(heads)],)
+        for name in heads:
+            row_price = self.rate * self.prices.row_s.get(name, 0.0)
+            pass_price = self.rate * self.prices.pass_s.get(name, 0.0)
+            own = take(worth[name], token_price + row_price, longest)
+            uses = own[1] > alone[1]
+            if self.is_probe:  # of two neighbours one each, so that both are seen
+                uses = (np.arange(len(candidates)) + self.step) % 2 == 0
+            depth = paying_depth(worth[name], own[0] * uses, token_price + row_price, pass_price, alone[1] * uses)
+            if self.is_probe:
+                depth = longest if uses.any() else 0
+            own = take(worth[name], token_price + row_price, min(longest, depth))
+            net = np.where(uses & (own[0] > 0), own[1], alone[1]).sum() - pass_price * depth
+            if depth > 0 and (net > best_net or self.is_probe):
+                best, best_net = (name, own, uses & (own[0] > 0), depth), net
+        name, own, uses, depth = best
+        num = np.where(uses, own[0], alone[0])
+        gain = float(np.where(uses, own[2], alone[2]).sum())
+        cost_s = float(num.sum()) * self.prices.token_s
+        if depth:
+            cost_s += depth * self.prices.pass_s.get(name, 0.0)
+            cost_s += float(own[0][uses].sum()) * self.prices.row_s.get(name, 0.0)
+        routes = [
+            Route(drafter=name if learned else SUFFIX, num_draft_tokens=int(count)) if count else None
+            for count, learned in zip(num, uses, strict=True)
+        ]
+        return routes, gain, cost_s
+
+    def _suffix_worth(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        """[B, K] probability that each token of the suffix draft and all before it stand; 0 behind its end."""
+        width = self.max_draft_tokens
+        confidence = np.zeros((len(candidates), width))
+        for row, candidate in enumerate(candidates):
+            count = min(len(candidate.probs), candidate.room, width)
+            confidence[row, :count] = candidate.probs[:count]
+        matches = np.array([candidate.match_length for candidate in candidates])
+        kinds = match_kinds(matches[:, None] + np.arange(width))
+        return self._cumulative(SUFFIX, candidates, kinds, confidence) * (confidence > 0)
+
+    def _learned_worth(self, name: str, candidates: Sequence[Candidate]) -> np.ndarray:
+        """[B, K] the same of a head that has not drafted yet, by its depths."""
+        width = self.max_draft_tokens
+        kinds = np.minimum(np.arange(width), NUM_DEPTHS - 1)
+        rates = {
+            is_random: self.depth_rates[name, is_random].table()[kinds, 0] for is_random in (False, True)
+        }  # fmt: skip
+        stands = np.stack([rates[candidate.is_random] for candidate in candidates])
+        stands = np.minimum(stands * self._factors(name, candidates)[:, None], 0.999)
+        room = np.array([candidate.room for candidate in candidates])
+        return np.cumprod(stands, axis=1) * (np.arange(width) < room[:, None])
+
+    def _cumulative(
+        self, name: str, candidates: Sequence[Candidate], kinds: np.ndarray, confidence: np.ndarray
+    ) -> np.ndarray:
+        estimates = [
+            self.calibrations[name, is_random].estimate(kinds, confidence) for is_random in (False, True)
+        ]  # fmt: skip
+        is_random = np.array([candidate.is_random for candidate in candidates])[:, None]
+        stands = np.where(is_random, estimates[1], estimates[0])
+        return np.cumprod(np.minimum(stands * self._factors(name, candidates)[:, None], 0.999), axis=1)
+
+    def _factors(self, name: str, candidates: Sequence[Candidate]) -> np.ndarray:
+        """[B] trust in a drafter for each request."""
+        return np.array([self.factor(name, candidate.name, candidate.group) for candidate in candidates])
+
+    def factor(self, drafter: str, request: str, group: str) -> float:
+        """How a request kept to what was expected of a drafter's tokens."""
+        of_group = self.groups[drafter, group].factor(1.0) if (drafter, group) in self.groups else 1.0
+        own = self.requests.get((drafter, request))
+        return of_group if own is None else own.factor(of_group)
+
+    def goes_on(
+        self, name: str, depth: int, standing: np.ndarray, is_random: np.ndarray, factors: np.ndarray
+    ) -> np.ndarray:
+        """[B] which rows of a head get a token more, `depth` of them drafted; standing [B] is the probability that all
+        of these stand. None unless all together pay for the pass."""
+        if self.is_probe:
+            return np.full(len(standing), depth < PROBE_TOKENS)
+        kind = min(depth, NUM_DEPTHS - 1)
+        rate = [self.depth_rates[name, one].table()[kind, 0] for one in (False, True)]
+        worth = standing * np.minimum(np.where(is_random, rate[1], rate[0]) * factors, 0.999)
+        net = worth - self.rate * (self.prices.token_s + self.prices.row_s.get(name, 0.0))
+        wants = net > 0
+        if net[wants].sum() <= self.rate * self.prices.pass_s.get(name, 0.0):
+            wants[:] = False
+        return wants
+
+    def is_worth_verifying(self, standing: np.ndarray) -> np.ndarray:
+        """[B] whether a token that was drafted is worth its verification."""
+        return (standing > self.rate * self.prices.token_s) | self.is_probe
+
+    def stands(self, name: str, depth: int, is_random: bool, confidences: np.ndarray) -> np.ndarray:
+        """[B] probability that a head's tokens at this depth stand, by its confidence, before trust."""
+        kinds = np.full(len(confidences), min(depth, NUM_DEPTHS - 1))
+        return self.calibrations[name, is_random].estimate(kinds, confidences)
+
+    def verified(
+        self, drafter: str, *, request: str, group: str, is_random: bool, match_length: int, confidences: np.ndarray,
+        num_stood: int,
+    ) -> None:  # fmt: skip
+        """Learn from one verified draft [K]."""
+        calibration = self.calibrations.get((drafter, is_random))
+        if calibration is None or not len(confidences):
+            return
+        steps = np.arange(len(confidences))
+        kinds = match_kinds(match_length + steps) if drafter == SUFFIX else np.minimum(steps, NUM_DEPTHS - 1)
+        num_decided = min(num_stood + 1, len(confidences))
+        expected = float(calibration.estimate(kinds[:num_decided], confidences[:num_decided]).sum())
+        for key, table in (((drafter, request), self.requests), ((drafter, group), self.groups)):
+            table.setdefault(key, Trust()).count(expected, num_stood)
+        calibration.observe(kinds, confidences, num_stood)
+        if drafter != SUFFIX:
+            self.depth_rates[drafter, is_random].observe(kinds, np.zeros(len(kinds)), num_stood)
+
+
+def take(worth: np.ndarray, price: float, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(number of tokens worth their price, worth beyond it, worth), each [B], of falling [B, K] worths."""
+    head = worth[:, :longest]
+    pays = np.logical_and.accumulate(head > price, axis=1)
+    gain = (head * pays).sum(1)
+    num = pays.sum(1)
+    return num, gain - price * num, gain
+
+
+def paying_depth(worth: np.ndarray, num: np.ndarray, price: float, pass_price: float, given_up: np.ndarray) -> int:
+    """Passes that a head should make for rows that want [B] tokens: the depth at which the worth of all rows, less
+    passes, is largest; `given_up` [B] is what they would be worth without it. 0 if it is less than that."""
+    deepest = int(num.max(initial=0))
+    if deepest == 0:
+        return 0
+    wants = np.arange(deepest) < num[:, None]
+    net = np.cumsum(((worth[:, :deepest] - price) * wants).sum(0) - pass_price)
+    depth = int(net.argmax()) + 1
+    return depth if net[depth - 1] > given_up[num > 0].sum() else 0
+
+
+def match_kinds(match_lengths: np.ndarray) -> np.ndarray:
+    """Kind of a suffix draft's tokens by how many tokens before them match."""
+    return np.searchsorted(MATCH_EDGES, match_lengths, side="right")
+
+
+def is_probe(step: int) -> bool:
+    """Steps that draft whatever it costs."""
+    return step % PROBE_STEPS == 0 or step in (4, 8, 16, 32)

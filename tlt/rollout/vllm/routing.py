@@ -1,0 +1,97 @@
+"""Routers inside the engine: one strategy for all requests, or for each request what pays for itself."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from tlt.drafter.router import Candidate, DraftRouter
+from tlt.rollout.vllm.learned_drafter import DraftRequest
+from tlt.rollout.vllm.ledger import Proposal
+from tlt.rollout.vllm.suffix_drafter import SuffixDrafter, group_of
+from tlt.spec.cost_model import Prices
+from tlt.spec.strategy import ADAPTIVE
+from tlt.types import SpecStrategy
+
+NO_PRICES = Prices(step_s=0.0, token_s=0.0, pass_s={}, row_s={})
+
+
+class Router(Protocol):
+    """Which drafter drafts how much for each request."""
+
+    def plan(self, requests: Sequence[DraftRequest], strategy: SpecStrategy) -> Mapping[str, list[DraftRequest]]:
+        """Requests of each drafter, asking for what they get; a function of their past and of shared prices."""
+
+
+class OneForAll:
+    """Every request gets the engine step's strategy."""
+
+    def plan(self, requests: Sequence[DraftRequest], strategy: SpecStrategy) -> dict[str, list[DraftRequest]]:
+        count = strategy.num_draft_tokens
+        return {strategy.method: [request.asking_for(min(count, request.num_draft_tokens)) for request in requests]}
+
+
+class AdaptiveRouting:
+    """Asks the router where the strategy is `adaptive`; also the limit of the heads' drafts (`DraftLimit`)."""
+
+    def __init__(self, router: DraftRouter, suffix: SuffixDrafter, *, agree):
+        self.router = router
+        self.suffix = suffix
+        self.agree = agree
+        self.prices = NO_PRICES
+        self.is_routing = False
+
+    def plan(self, requests: Sequence[DraftRequest], strategy: SpecStrategy) -> dict[str, list[DraftRequest]]:
+        self.is_routing = strategy.method == ADAPTIVE
+        if not self.is_routing:
+            return OneForAll().plan(requests, strategy)
+        asking = OneForAll().plan(requests, strategy)[ADAPTIVE]
+        found = self.suffix.look_up(asking)
+        candidates = [
+            Candidate(
+                name=request.name, group=request.group, room=request.num_draft_tokens,
+                is_random=request.temperature > 0, match_length=found[request.request_id].match_length,
+                probs=found[request.request_id].probs,
+            )
+            for request in asking
+        ]  # fmt: skip
+        plan: dict[str, list[DraftRequest]] = {}
+        routes = self.router.plan(candidates, self.prices, num_running=len(candidates))
+        for request, route in zip(asking, routes, strict=True):
+            if route is not None:
+                plan.setdefault(route.drafter, []).append(request.asking_for(route.num_draft_tokens))
+        return plan
+
+    def verified(self, proposal: Proposal, num_accepted: int) -> None:
+        """Learn from a verification, whatever chose the draft."""
+        self.router.verified(
+            proposal.drafter, request=proposal.request_name, group=group_of(proposal.request_name),
+            is_random=proposal.is_random, match_length=proposal.match_length, confidences=proposal.confidences,
+            num_stood=num_accepted,
+        )  # fmt: skip
+
+    def begin(self, name: str, requests: Sequence[DraftRequest]) -> None:
+        """A head begins to draft; nothing is known of its tokens yet."""
+        self._name, self._depth = name, 0
+        self._is_random = np.array([request.temperature > 0 for request in requests])
+        self._factors = np.array([self.router.factor(name, request.name, request.group) for request in requests])
+        self._standing = np.ones(len(requests))
+        self._num_worth = np.zeros(len(requests), dtype=int)
+
+    def goes_on(self, rows: np.ndarray, confidences: np.ndarray) -> np.ndarray:
+        if not self.is_routing:
+            return np.ones(len(rows), dtype=bool)
+        name, depth, is_random = self._name, self._depth, self._is_random[rows]
+        either = [self.router.stands(name, depth, one, confidences) for one in (False, True)]
+        stands = np.where(is_random, either[1], either[0])
+        self._standing[rows] *= np.minimum(stands * self._factors[rows], 0.999)
+        self._depth += 1
+        is_worth = self.router.is_worth_verifying(self._standing[rows])
+        self._num_worth[rows[is_worth]] = self._depth
+        goes_on = is_worth & self.router.goes_on(
+            name, self._depth, self._standing[rows], is_random, self._factors[rows]
+        )
+        return np.array(self.agree(goes_on.tolist()))  # ranks of a replica may round differently
+
+    def num_tokens(self, row: int, num_drafted: int) -> int:
+        return int(self._num_worth[row]) if self.is_routing else num_drafted
