@@ -4,11 +4,15 @@ A suffix tree counts occurrences and a head has a softmax; neither is the probab
 Counts of what stood, by cells of (kind, confidence), make them so. Pure functions of what was verified.
 """
 
+from bisect import bisect_right
+from collections.abc import Sequence
+
 import numpy as np
 
-CONFIDENCE_EDGES = np.array([0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995])
+EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)
+CONFIDENCE_EDGES = np.array(EDGES)
 """Borders of the confidence cells."""
-NUM_CONFIDENCES = len(CONFIDENCE_EDGES) + 1
+NUM_CONFIDENCES = len(EDGES) + 1
 PRIOR_WEIGHT = 6.0
 """Verified tokens that a cell's prior counts for."""
 DECAY = 0.998
@@ -16,34 +20,43 @@ DECAY = 0.998
 
 
 class Calibration:
-    """[kinds, confidence cells] table of tokens that were decided on and that stood, with a prior for each cell."""
+    """[kinds, confidence cells] table of tokens that were decided on and that stood, with a prior for each cell.
+
+    Lists, not arrays: a verification touches a few cells one by one, which arrays are slow at.
+    """
 
     def __init__(self, prior: np.ndarray):
-        self.prior = prior  # [kinds, confidence cells]
-        self.decided = np.zeros_like(prior)
-        self.stood = np.zeros_like(prior)
+        self.prior = prior.tolist()  # [kinds][confidence cells]
+        self.decided = np.zeros_like(prior).tolist()
+        self.stood = np.zeros_like(prior).tolist()
 
     def estimate(self, kinds: np.ndarray, confidences: np.ndarray) -> np.ndarray:
         """Probability that a token stands if those before it do; arrays of one shape."""
-        cells = np.searchsorted(CONFIDENCE_EDGES, confidences, side="right")
-        return self.table()[kinds, cells]
+        return self.table()[kinds, np.searchsorted(CONFIDENCE_EDGES, confidences, side="right")]
 
     def table(self) -> np.ndarray:
         """[kinds, confidence cells] estimates."""
-        return (self.stood + PRIOR_WEIGHT * self.prior) / (self.decided + PRIOR_WEIGHT)
+        prior, decided, stood = np.array([self.prior, self.decided, self.stood])
+        return (stood + PRIOR_WEIGHT * prior) / (decided + PRIOR_WEIGHT)
 
-    def observe(self, kinds: np.ndarray, confidences: np.ndarray, num_stood: int) -> None:
-        """One verified draft: its first `num_stood` tokens stood, the next did not, the others were not decided on."""
-        num_decided = min(num_stood + 1, len(kinds))
-        cells = np.searchsorted(CONFIDENCE_EDGES, confidences[:num_decided], side="right")
-        for position, (kind, cell) in enumerate(zip(kinds[:num_decided].tolist(), cells.tolist(), strict=True)):
-            self.decided[kind, cell] = DECAY * self.decided[kind, cell] + 1
-            self.stood[kind, cell] = DECAY * self.stood[kind, cell] + (position < num_stood)
+    def observe(self, kinds: Sequence[int], confidences: Sequence[float], num_stood: int) -> float:
+        """One verified draft: its first `num_stood` tokens stood, the next did not, the others were not decided on.
+
+        Returns how many tokens were expected to stand of those decided on.
+        """
+        expected = 0.0
+        for position in range(min(num_stood + 1, len(kinds))):
+            kind, cell = kinds[position], bisect_right(EDGES, confidences[position])
+            decided, stood = self.decided[kind][cell], self.stood[kind][cell]
+            expected += (stood + PRIOR_WEIGHT * self.prior[kind][cell]) / (decided + PRIOR_WEIGHT)
+            self.decided[kind][cell] = DECAY * decided + 1
+            self.stood[kind][cell] = DECAY * stood + (position < num_stood)
+        return expected
 
     def doubt(self, share: float) -> None:
         """Let what was learned weigh only `share` of what it does: the drafter or the policy has changed."""
-        self.decided *= share
-        self.stood *= share
+        for table in (self.decided, self.stood):
+            table[:] = [[value * share for value in row] for row in table]
 
 
 def cell_centres() -> np.ndarray:

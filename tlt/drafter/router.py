@@ -9,6 +9,7 @@ Nothing here knows the token that is being verified or reads a clock: decisions 
 tokens and of prices that all ranks share. Shapes: B requests, K draft tokens, M confidence cells.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,8 @@ from tlt.drafter.calibration import NUM_CONFIDENCES, Calibration, cell_centres
 from tlt.spec.cost_model import Prices
 
 SUFFIX = "suffix"
-MATCH_EDGES = np.array([2, 3, 4, 5, 7, 10, 16])
+MATCHES = (2, 3, 4, 5, 7, 10, 16)
+MATCH_EDGES = np.array(MATCHES)
 """Borders of the match-length kinds of suffix drafts."""
 NUM_DEPTHS = 6
 """Kinds of learned drafts: their depths, the last one for all deeper tokens."""
@@ -178,8 +180,9 @@ class DraftRouter:
         width = self.max_draft_tokens
         kinds = np.minimum(np.arange(width), NUM_DEPTHS - 1)
         rates = {
-            is_random: self.depth_rates[name, is_random].table()[kinds, 0] for is_random in (False, True)
-        }  # fmt: skip
+            kind: self.depth_rates[name, kind].table()[kinds, 0]
+            for kind in {candidate.is_random for candidate in candidates}
+        }
         stands = np.stack([rates[candidate.is_random] for candidate in candidates])
         stands = np.minimum(stands * self._factors(name, candidates)[:, None], 0.999)
         room = np.array([candidate.room for candidate in candidates])
@@ -188,11 +191,10 @@ class DraftRouter:
     def _cumulative(
         self, name: str, candidates: Sequence[Candidate], kinds: np.ndarray, confidence: np.ndarray
     ) -> np.ndarray:
-        estimates = [
-            self.calibrations[name, is_random].estimate(kinds, confidence) for is_random in (False, True)
-        ]  # fmt: skip
-        is_random = np.array([candidate.is_random for candidate in candidates])[:, None]
-        stands = np.where(is_random, estimates[1], estimates[0])
+        stands = np.empty(confidence.shape)
+        for kind in {candidate.is_random for candidate in candidates}:
+            rows = np.array([candidate.is_random == kind for candidate in candidates])
+            stands[rows] = self.calibrations[name, kind].estimate(kinds[rows], confidence[rows])
         return np.cumprod(np.minimum(stands * self._factors(name, candidates)[:, None], 0.999), axis=1)
 
     def _factors(self, name: str, candidates: Sequence[Candidate]) -> np.ndarray:
@@ -238,15 +240,15 @@ class DraftRouter:
         calibration = self.calibrations.get((drafter, is_random))
         if calibration is None or not len(confidences):
             return
-        steps = np.arange(len(confidences))
-        kinds = match_kinds(match_length + steps) if drafter == SUFFIX else np.minimum(steps, NUM_DEPTHS - 1)
-        num_decided = min(num_stood + 1, len(confidences))
-        expected = float(calibration.estimate(kinds[:num_decided], confidences[:num_decided]).sum())
+        steps = range(min(num_stood + 1, len(confidences)))
+        if drafter == SUFFIX:
+            kinds = [bisect_right(MATCHES, match_length + step) for step in steps]
+        else:
+            kinds = [min(step, NUM_DEPTHS - 1) for step in steps]
+            self.depth_rates[drafter, is_random].observe(kinds, [0.0] * len(kinds), num_stood)
+        expected = calibration.observe(kinds, confidences.tolist(), num_stood)
         for key, table in (((drafter, request), self.requests), ((drafter, group), self.groups)):
             table.setdefault(key, Trust()).count(expected, num_stood)
-        calibration.observe(kinds, confidences, num_stood)
-        if drafter != SUFFIX:
-            self.depth_rates[drafter, is_random].observe(kinds, np.zeros(len(kinds)), num_stood)
 
 
 def take(worth: np.ndarray, price: float, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
