@@ -78,6 +78,11 @@ def read_state(checkpoint: Path, fingerprint: dict) -> RunState:
     return state
 
 
+def write_history(checkpoint: Path, history: SuffixHistory) -> None:
+    """Save the history of responses into a checkpoint."""
+    np.savez(checkpoint / HISTORY, **{name: np.array(value) for name, value in history.state_dict().items()})
+
+
 def read_history(checkpoint: Path, history: SuffixHistory) -> None:
     """Fill the history of responses with what a checkpoint holds."""
     with np.load(checkpoint / HISTORY) as arrays:
@@ -144,7 +149,7 @@ class Checkpoints:
         """Make a fully written checkpoint the latest one; each step leaves a folder that can be resumed from."""
         record = {"format": FORMAT, **dataclasses.asdict(state)}
         (partial / STATE).write_text(json.dumps(record, indent=1))
-        np.savez(partial / HISTORY, **{name: np.array(value) for name, value in self.history.state_dict().items()})
+        write_history(partial, self.history)
         for path in partial.iterdir():
             _flush_to_disk(path)
         shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from an earlier checkpoint

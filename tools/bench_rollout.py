@@ -79,13 +79,16 @@ def serve(rank: int, args: argparse.Namespace, kind: str, store: str, inbox, out
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
     engine, sampling_class = make_engine(args, kind)
+    from tlt.spec.policy import parse_policy
+
+    policies: dict = {}  # what one learned in a repetition it knows in the next
     outbox.put((rank, "ready", None))
     while (task := inbox.get()) is not None:
         strategy, workload, seed = task
         if kind != PLAIN:
-            from tlt.spec.strategy import FixedStrategy, parse_strategy
-
-            engine.speculation.policy = FixedStrategy(parse_strategy(strategy, "--strategies"))
+            if strategy not in policies:
+                policies[strategy], _ = parse_policy(strategy, "--strategies", seed=args.seed)
+            engine.speculation.policy = policies[strategy]
         sampling = sampling_class(temperature=workload.temperature, max_response_tokens=workload.max_tokens)
         begin_s = time.perf_counter()
         groups = engine.generate(
@@ -122,10 +125,10 @@ def make_engine(args: argparse.Namespace, kind: str):
 def spec_config(args: argparse.Namespace):
     """Of the engine that all strategies but `plain` share: room for the longest draft among them."""
     from tlt.config import SpecConfig
-    from tlt.spec.strategy import parse_strategy
+    from tlt.spec.policy import parse_policy
 
-    parsed = [parse_strategy(text, "--strategies") for text in args.strategies.split(",") if text != PLAIN]
-    longest = max((strategy.num_draft_tokens for strategy in parsed), default=0)
+    parsed = [parse_policy(text, "--strategies") for text in args.strategies.split(",") if text != PLAIN]
+    longest = max((policy.max_draft_tokens for policy, _ in parsed), default=0)
     method = "eagle" if args.drafter else "prompt_lookup"
     return SpecConfig(strategy=f"{method}:{max(longest, 1)}", drafter=args.drafter, drafts=args.drafts)
 

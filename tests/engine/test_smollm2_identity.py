@@ -83,10 +83,12 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, out: Path) -
         return
     plain, noise = torch.load(out, weights_only=False)
     engine = make_engine(folder, spec=SpecConfig(strategy="eagle:6", drafter=str(head)), **limits)
-    choices = [OFF, *(parse_strategy(t, "t") for t in ("eagle:4", "prompt_lookup:6", "eagle:1", "prompt_lookup:2"))]
+    names = ("eagle:4", "prompt_lookup:6", "adaptive:8", "eagle:1", "prompt_lookup:2", "suffix:6")
+    choices = [OFF, *(parse_strategy(name, "t") for name in names)]
     policies = {
         "off": FixedStrategy(OFF), "eagle:4": FixedStrategy(choices[1]), "prompt_lookup:6": FixedStrategy(choices[2]),
-        "every step": EveryStep(choices), "by request": FixedStrategy(choices[1]),
+        "adaptive:8": FixedStrategy(choices[3]), "every step": EveryStep(choices),
+        "by request": FixedStrategy(choices[1]),
     }  # fmt: skip
     listed = {}
     for label, policy in policies.items():

@@ -1,8 +1,9 @@
-"""A run's folder belongs to one run at a time."""
+"""A run's folder belongs to one run at a time; the history of responses goes with its checkpoints."""
 
 import pytest
 
-from tlt.run_state import claim
+from tlt.drafter.history import SuffixHistory
+from tlt.run_state import claim, read_history, write_history
 
 
 def test_a_folder_is_claimed_until_its_holder_ends(tmp_path):
@@ -11,3 +12,22 @@ def test_a_folder_is_claimed_until_its_holder_ends(tmp_path):
         claim(tmp_path / "run")
     held.close()
     claim(tmp_path / "run").close()
+
+
+@pytest.mark.parametrize("num_responses", [0, 7])
+def test_the_history_of_responses_is_saved_and_read(tmp_path, num_responses):
+    history = SuffixHistory(10_000, max_age=5)
+    for index in range(num_responses):
+        history.add(f"source/{index % 3}", list(range(index, 2 * index + 1)), policy_version=index)
+    write_history(tmp_path, history)
+    found = SuffixHistory(10_000, max_age=5)
+    read_history(tmp_path, found)
+    assert found.num_bytes == history.num_bytes
+    for key in ("source/0", "source/1", "source/2", "other"):
+        assert found.expected_length(key) == history.expected_length(key)
+        assert [(response.policy_version, response.token_ids.tolist()) for response in found.responses(key)] == [
+            (response.policy_version, response.token_ids.tolist()) for response in history.responses(key)
+        ]
+    for each in (history, found):  # both go on alike
+        each.add("source/1", [1, 2], policy_version=99)
+    assert found.expected_length("source/1") == history.expected_length("source/1")

@@ -7,6 +7,7 @@ from tlt.drafter.buffer import HiddenStateBuffer, num_bytes
 from tlt.rollout.vllm.ledger import DraftLedger, Proposal
 from tlt.spec.acceptance import AcceptanceStats
 from tlt.spec.lossless import REFUSED, refuse_lossy
+from tlt.spec.policy import parse_policy
 from tlt.spec.strategy import FixedStrategy, parse_strategy
 from tlt.spec.verification import REJECTED
 from tlt.spec.watchdog import Watchdog
@@ -32,6 +33,61 @@ def test_a_fixed_strategy_is_off_above_its_threshold():
     assert [str(policy.choose(n)) for n in (1, 8, 9)] == ["eagle:4", "eagle:4", "off"]
     assert str(FixedStrategy(parse_strategy("eagle:4", "x")).choose(1000)) == "eagle:4"
     assert FixedStrategy(OFF).max_draft_tokens == 0
+
+
+def test_a_schedule_chooses_by_batch_size():
+    policy, strategies = parse_policy("schedule@1=eagle:6/5=suffix:3/17=off", "--spec-strategy")
+    assert [str(policy.choose(n)) for n in (0, 1, 4, 5, 16, 17, 500)] == [
+        "eagle:6", "eagle:6", "eagle:6", "suffix:3", "suffix:3", "off", "off",
+    ]  # fmt: skip
+    assert policy.max_draft_tokens == 6
+    assert {strategy.method for strategy in strategies} == {"eagle", "suffix", "off"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("schedule@2=eagle:6", "batch sizes must rise from 1"), ("schedule@1=eagle:6/1=off", "must rise from 1"),
+        ("schedule@eagle:6", "a row must be"), ("schedule@1=eagle:6|off", "one strategy for each batch size"),
+        ("beg-mab@1=medusa:2", "with a method of"), ("beg-mab@", "a row must be"),
+    ],
+)  # fmt: skip
+def test_a_bad_policy_is_refused_by_name(text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_policy(text, "--spec-strategy")
+    assert str(caught.value).startswith("--spec-strategy")
+
+
+def played(policy, seconds: dict[str, float], *, num_running: int, steps: int) -> list[str]:
+    """Choices of a policy where each strategy's step takes its time and gives a token for each request."""
+    choices = []
+    for _ in range(steps):
+        strategy = policy.choose(num_running)
+        choices.append(str(strategy))
+        policy.observe(strategy, num_running=num_running, num_tokens=num_running, seconds=seconds[str(strategy)])
+    return choices
+
+
+def test_the_bandit_finds_the_best_arm_of_each_bucket_and_follows_it_when_it_changes():
+    policy, _ = parse_policy("beg-mab@1=eagle:6|suffix:6/5=eagle:2", "--spec-strategy", seed=3)
+    seconds = {"eagle:6": 0.02, "suffix:6": 0.01, "eagle:2": 0.05, "off": 0.03}
+    small = played(policy, seconds, num_running=2, steps=300)
+    large = played(policy, seconds, num_running=8, steps=300)
+    assert set(small[:3]) == {"eagle:6", "suffix:6", "off"}  # each is tried
+    assert small[50:].count("suffix:6") > 220
+    assert large[50:].count("off") > 220
+    assert {"eagle:6", "off"} & set(small[50:])  # and now and then again
+    seconds["suffix:6"] = 0.1
+    assert played(policy, seconds, num_running=2, steps=400)[-100:].count("eagle:6") > 80
+
+
+def test_the_bandit_makes_the_same_choices_from_the_same_times():
+    seconds = {"eagle:6": 0.02, "suffix:6": 0.021, "off": 0.03}
+    runs = [
+        played(parse_policy("beg-mab@1=eagle:6|suffix:6", "x", seed=5)[0], seconds, num_running=2, steps=200)
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
 
 
 def test_acceptance_statistics_of_a_table():

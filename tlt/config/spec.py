@@ -14,7 +14,8 @@ class SpecConfig:
     """What drafts: `eagle:<tokens>` (the head of --spec-drafter), `suffix:<tokens>` (longest match in the texts of the
     request, its siblings and past responses), `prompt_lookup:<tokens>` (n-gram match in its own text),
     `adaptive:<tokens>` (for each request the drafter and the number of tokens, at most so many, that pay for
-    themselves), or `off`."""
+    themselves), or `off`; by batch size `schedule@1=eagle:6/9=suffix:4/33=off`, or arms of a bandit,
+    `beg-mab@1=eagle:6|suffix:8/9=eagle:3|suffix:4` (docs/speculation.md)."""
     max_running_requests: int | None = None
     """Speculate in engine steps with at most this many running requests (the long tail); None means always."""
     drafter: str | None = None

@@ -144,6 +144,7 @@ def spec_metrics(reports: Sequence[ReplicaReport]) -> dict[str, float]:
     speculative_s = sum(report.stats.speculative_step_s for report in reports)
     return {
         **{k: v for name in sorted(drafters) for k, v in drafters[name].metrics(f"spec/{name}").items()},
+        **{f"spec/{name}/share_of_drafts": s.num_drafts / total.num_drafts for name, s in sorted(drafters.items())},
         "spec/acceptance_length": total.acceptance_length,
         "spec/acceptance_rate": total.acceptance_rate,
         "spec/draft_frac_of_time": total.draft_s / step_s if step_s > 0 else 0.0,

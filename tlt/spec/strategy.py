@@ -1,5 +1,9 @@
 """What may be chosen for an engine step: `<method>:<draft tokens>` or `off`."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Protocol
+
 from tlt.types import OFF, SpecStrategy
 
 ADAPTIVE = "adaptive"
@@ -21,6 +25,19 @@ def parse_strategy(text: str, flag: str, *, methods: tuple[str, ...] = METHODS) 
     return SpecStrategy(method=method, num_draft_tokens=int(count))
 
 
+class StrategyPolicy(Protocol):
+    """Chooses the strategy of each engine step. Choices are made on a replica's first rank and broadcast."""
+
+    max_draft_tokens: int
+    """No step drafts more; 0 means that speculation is never on."""
+
+    def choose(self, num_running: int) -> SpecStrategy:
+        """For an engine step with so many running requests."""
+
+    def observe(self, strategy: SpecStrategy, *, num_running: int, num_tokens: int, seconds: float) -> None:
+        """A decoding step that verified the strategy's drafts gave `num_tokens` in `seconds`, drafting included."""
+
+
 class FixedStrategy:
     """One strategy while at most `max_running_requests` run, off above; a pure function of what all ranks know."""
 
@@ -38,3 +55,32 @@ class FixedStrategy:
         if self.max_running_requests is not None and num_running > self.max_running_requests:
             return OFF
         return self.strategy
+
+    def observe(self, strategy: SpecStrategy, *, num_running: int, num_tokens: int, seconds: float) -> None:
+        """Learns nothing."""
+
+
+def rising_from_one(batches: Sequence[int]) -> list[int]:
+    """Smallest batches of buckets that cover all sizes. Raises ValueError where they do not."""
+    if not batches or batches[0] != 1 or any(a >= b for a, b in pairwise(batches)):
+        raise ValueError(f"batch sizes must rise from 1, got {[*batches]}")
+    return list(batches)
+
+
+class Schedule:
+    """A strategy for each range of batch sizes, as vLLM's own table of draft lengths by batch size."""
+
+    def __init__(self, rows: Sequence[tuple[int, SpecStrategy]]):
+        """(smallest batch, strategy), rising from 1; ValueError otherwise."""
+        rising_from_one([first for first, _ in rows])
+        self.rows = list(rows)
+
+    @property
+    def max_draft_tokens(self) -> int:
+        return max(strategy.num_draft_tokens for _, strategy in self.rows)
+
+    def choose(self, num_running: int) -> SpecStrategy:
+        return [strategy for first, strategy in self.rows if first <= max(num_running, 1)][-1]
+
+    def observe(self, strategy: SpecStrategy, *, num_running: int, num_tokens: int, seconds: float) -> None:
+        """Learns nothing."""

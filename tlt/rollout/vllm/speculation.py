@@ -23,7 +23,8 @@ from tlt.rollout.vllm.routing import NO_PRICES, AdaptiveRouting
 from tlt.rollout.vllm.suffix_drafter import SuffixDrafter, compile_kernels
 from tlt.rollout.vllm.token_pool import TokenPool
 from tlt.spec.cost_model import CostModel
-from tlt.spec.strategy import ADAPTIVE, FixedStrategy, parse_strategy
+from tlt.spec.policy import parse_policy
+from tlt.spec.strategy import ADAPTIVE, StrategyPolicy
 from tlt.spec.watchdog import Watchdog
 from tlt.types import EngineStats, HiddenStateSample, Prompt
 
@@ -37,7 +38,9 @@ class SpecPlan:
     """Everything about speculation that is read and checked before an engine exists."""
 
     config: SpecConfig
-    policy: FixedStrategy
+    policy: StrategyPolicy
+    methods: frozenset[str]
+    """Of all strategies that the policy may choose."""
     head: EagleHead | None
 
     @property
@@ -48,22 +51,21 @@ class SpecPlan:
 
 def read_spec_plan(config: SpecConfig, *, target_config: dict, dtype: torch.dtype, tp_size: int) -> SpecPlan:
     """Raises ValueError naming the flag. `target_config` is the policy's config.json."""
-    strategy = parse_strategy(config.strategy, "--spec-strategy")
+    policy, strategies = parse_policy(
+        config.strategy, "--spec-strategy", max_running_requests=config.max_running_requests
+    )
+    methods = frozenset(strategy.method for strategy in strategies)
     head = None
     if config.drafter is not None:
         head = load_head(Path(config.drafter), flag="--spec-drafter", target_config=target_config, dtype=dtype)
-    if strategy.method == LEARNED and head is None:
-        raise ValueError(f"--spec-strategy {strategy} needs --spec-drafter, the directory of an EAGLE head")
+    if LEARNED in methods and head is None:
+        raise ValueError(f"--spec-strategy {config.strategy} needs --spec-drafter, the directory of an EAGLE head")
     if head is not None and config.drafts == "sampled" and tp_size > 1:
         raise ValueError(
             "--spec-drafts sampled needs --rollout-tensor-parallel-size 1: ranks that round differently would accept "
             "different tokens; coupled has no such trouble"
         )
-    return SpecPlan(
-        config=config,
-        policy=FixedStrategy(strategy, max_running_requests=config.max_running_requests),
-        head=head,
-    )
+    return SpecPlan(config=config, policy=policy, methods=methods, head=head)
 
 
 class NoSpeculation:
@@ -112,7 +114,7 @@ class Speculation:
         needs_pool = plan.head is not None or self.buffer.is_open
         pool = TokenPool(runner) if needs_pool else NoHiddenStates()
         self.suffix = SuffixDrafter(runner, history)
-        if plan.policy.strategy.method in (SUFFIX, ADAPTIVE):
+        if plan.methods & {SUFFIX, ADAPTIVE}:
             compile_kernels()
         drafters: dict[str, EngineDrafter] = {"prompt_lookup": LookupDrafter(runner), SUFFIX: self.suffix}
         self.learned: LearnedDrafter | None = None
@@ -143,7 +145,7 @@ class Speculation:
         self.suffix.begin(prompts)
         self.router.begin()
         self._switches = self._roll_backs = 0
-        self._speculative_s = 0.0
+        self._speculative_s = self._draft_s = 0.0
         self._counted = (0, 0)
         self._had_drafts = False
 
@@ -154,6 +156,7 @@ class Speculation:
         if own.method == ADAPTIVE:
             prices = self.costs.prices(num_running, self.router.num_planned)
         strategy, self.routing.prices = self.agree((own, prices))
+        self._verified = self.drafting.strategy
         self._switches += strategy != self.drafting.strategy
         self.drafting.strategy = strategy
         self._had_drafts = bool(self.ledger.proposals)
@@ -161,8 +164,14 @@ class Speculation:
     def after_step(self, seconds: float) -> None:
         """Watch the acceptance of the step that ended."""
         self._speculative_s += seconds * self._had_drafts
-        if self.drafting.num_tokens:
-            self.costs.observe_step(self.drafting.num_tokens, seconds - self.drafting.draft_s)
+        if self.drafting.num_tokens:  # nothing but decoding
+            verify_s = seconds - self.drafting.draft_s
+            self.costs.observe_step(self.drafting.num_tokens, verify_s)
+            self.policy.observe(
+                self._verified, num_running=self.drafting.num_rows, num_tokens=self.drafting.num_sampled,
+                seconds=self._draft_s + verify_s,
+            )  # fmt: skip
+        self._draft_s = self.drafting.draft_s
         if self.learned is None:
             return
         stats = self.ledger.stats[LEARNED]
