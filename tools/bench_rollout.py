@@ -41,7 +41,7 @@ class Workload:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--drafter", help="directory of an EAGLE head for the model")
+    parser.add_argument("--drafter", nargs="+", metavar="DIR", help="EAGLE heads for the model: eagle, eagle2, ...")
     parser.add_argument("--drafts", default="coupled", choices=("coupled", "one-hot", "sampled"))
     parser.add_argument("--sources", nargs="+", required=True, metavar="X", help="as --data-train of pretrain_rl.py")
     parser.add_argument("--weights", nargs="+", type=float, metavar="X", help="share of each source")
@@ -130,7 +130,11 @@ def spec_config(args: argparse.Namespace):
     parsed = [parse_policy(text, "--strategies") for text in args.strategies.split(",") if text != PLAIN]
     longest = max((policy.max_draft_tokens for policy, _ in parsed), default=0)
     method = "eagle" if args.drafter else "prompt_lookup"
-    return SpecConfig(strategy=f"{method}:{max(longest, 1)}", drafter=args.drafter, drafts=args.drafts)
+    return SpecConfig(
+        strategy=f"{method}:{max(longest, 1)}",
+        drafter=tuple(args.drafter) if args.drafter else None,
+        drafts=args.drafts,
+    )
 
 
 def summary(groups: list, stats) -> dict:

@@ -23,7 +23,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL to read")
     parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
-    parser.add_argument("--drafter", help="directory of an EAGLE head for the model")
+    parser.add_argument("--drafter", nargs="+", metavar="DIR", help="EAGLE heads for the model: eagle, eagle2, ...")
     parser.add_argument("--spec-strategy", default="off", help="eagle:K, prompt_lookup:K or off (default: off)")
     parser.add_argument("--spec-drafts", default="coupled", choices=("coupled", "one-hot", "sampled"))
     parser.add_argument("--spec-max-running-requests", type=int, metavar="N", help="speculate with at most N running")
@@ -93,7 +93,7 @@ def build(args: argparse.Namespace):
         max_num_seqs=args.max_num_seqs, engine_args=args.engine_args,
     )  # fmt: skip
     spec = SpecConfig(
-        strategy=args.spec_strategy, drafter=args.drafter, drafts=args.spec_drafts,
+        strategy=args.spec_strategy, drafter=tuple(args.drafter) if args.drafter else None, drafts=args.spec_drafts,
         max_running_requests=args.spec_max_running_requests,
     )  # fmt: skip
     plan = read_spec_plan(spec, target_config=hf_config, dtype=getattr(torch, args.dtype), tp_size=1)

@@ -105,7 +105,7 @@ def is_rejected(first: Counter, second: Counter) -> bool:
 
 def _distributions(rank: int, world_size: int, folder: Path, head: Path, num: int, seeds: list[int]) -> None:
     engine = make_engine(
-        folder, spec=SpecConfig(strategy="eagle:3", drafter=str(head), drafts="sampled"), max_num_seqs=128
+        folder, spec=SpecConfig(strategy="eagle:3", drafter=(str(head),), drafts="sampled"), max_num_seqs=128
     )  # fmt: skip
     speculation = engine.speculation
     eagle = FixedStrategy(parse_strategy("eagle:3", "test"))

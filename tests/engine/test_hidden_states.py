@@ -31,7 +31,7 @@ def _hidden_states(rank: int, world_size: int, folder: Path, head: Path, crowded
 
     limits = {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 14, "max_num_seqs": 16} if crowded else {}
     engine = make_engine(
-        folder, spec=SpecConfig(strategy="eagle:4", drafter=str(head), hidden_states_mib=64), **limits
+        folder, spec=SpecConfig(strategy="eagle:4", drafter=(str(head),), hidden_states_mib=64), **limits
     )  # fmt: skip
     speculation = engine.speculation
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -71,7 +71,7 @@ def test_hidden_states_are_those_of_a_clean_prefill(tmp_path, crowded):
 
 
 def _catches_up(rank: int, world_size: int, folder: Path, head: Path) -> None:
-    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:3", drafter=str(head), drafts="one-hot"))
+    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:3", drafter=(str(head),), drafts="one-hot"))
     speculation, prompts = engine.speculation, make_prompts(4)
     on = parse_strategy("eagle:3", "test")
     drafts: dict[tuple[str, int], list[int]] = {}
@@ -104,7 +104,7 @@ def test_a_drafter_switched_on_late_drafts_as_if_it_had_been_on(tmp_path):
 
 
 def _follows_the_policy(rank: int, world_size: int, folder: Path, other: Path, head: Path) -> None:
-    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:3", drafter=str(head)))
+    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:3", drafter=(str(head),)))
     learned = engine.speculation.learned
     ids = learned.head.draft_token_ids
     weights = {name: file.get_tensor(name) for name, file in HfDirectory(other).owner.items()}

@@ -72,7 +72,7 @@ class EveryStep:
 class ByRequest:
     """Routes each request its own way, and differently as it grows; alike on all ranks, or their collectives part."""
 
-    choices = (("off", 0), ("prompt_lookup", 3), ("eagle", 4), ("suffix", 5))
+    choices = (("off", 0), ("prompt_lookup", 3), ("eagle", 4), ("suffix", 5), ("eagle2", 2))
 
     def __init__(self) -> None:
         self.routes: set[str] = set()
@@ -99,7 +99,7 @@ def _plain(rank: int, world_size: int, folder: Path, expected: Path, tp_size: in
 
 def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_file: Path, tp_size: int) -> None:
     engine = make_engine(
-        folder, spec=SpecConfig(strategy="eagle:6", drafter=str(head)), tensor_parallel_size=tp_size
+        folder, spec=SpecConfig(strategy="eagle:6", drafter=(str(head), f"{head}2")), tensor_parallel_size=tp_size
     )  # fmt: skip
     expected, prompts, speculation = torch.load(expected_file), make_prompts(4), engine.speculation
 
@@ -108,7 +108,7 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_fil
             assert tokens(generate(engine, prompts, sampling)) == plain, (label, sampling)
 
     fixed = [
-        ("coupled", ("off", "eagle:1", "eagle:6", "prompt_lookup:4", "suffix:6")),
+        ("coupled", ("off", "eagle:1", "eagle2:6", "prompt_lookup:4", "suffix:6")),
         ("one-hot", ("eagle:2", "eagle:6")),
     ]
     for drafts, strategies in fixed if tp_size == 1 else [("coupled", ("eagle:6",))]:
@@ -121,7 +121,7 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_fil
         OFF,
         *(
             parse_strategy(f"{m}:{k}", "test")
-            for m in ("eagle", "prompt_lookup", "suffix", "adaptive")
+            for m in ("eagle", "eagle2", "prompt_lookup", "suffix", "adaptive")
             for k in (1, 2, 3, 6)
         ),
     ]
@@ -132,12 +132,12 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_fil
     router = ByRequest()
     adaptive, speculation.drafting.router = speculation.drafting.router, router
     check("routed by request")
-    assert router.routes == {"off", "prompt_lookup", "eagle", "suffix"}
-    assert set(engine.stats().acceptance) >= {"prompt_lookup", "eagle", "suffix"}
+    assert router.routes == {"off", "prompt_lookup", "eagle", "suffix", "eagle2"}
+    assert set(engine.stats().acceptance) >= {"prompt_lookup", "eagle", "suffix", "eagle2"}
     speculation.drafting.router = adaptive
     speculation.policy = FixedStrategy(parse_strategy("adaptive:6", "test"))
     check("adaptive")
-    assert {"eagle", "suffix"} & set(engine.stats().acceptance)
+    assert {"eagle", "eagle2", "suffix"} & set(engine.stats().acceptance)
     engine.close()
 
 
@@ -145,6 +145,7 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_fil
 def test_no_strategy_changes_a_token(tmp_path, kind):
     folder = write_tiny_model(kind, tmp_path, **PEAKED)
     head = write_head(tmp_path / "head", folder, draft_token_ids=torch.arange(0, 512, 2) if kind == "qwen3" else None)
+    write_head(tmp_path / "head2", folder, seed=2, draft_token_ids=torch.arange(0, 512, 3))
     run_ranks(_plain, 1, folder, tmp_path / "plain.pt", 1)
     run_ranks(_identity, 1, folder, head, tmp_path / "plain.pt", 1)
 
@@ -152,13 +153,14 @@ def test_no_strategy_changes_a_token(tmp_path, kind):
 def test_no_strategy_changes_a_token_on_two_tensor_parallel_ranks(tmp_path):
     folder = write_tiny_model("llama", tmp_path, **PEAKED)
     head = write_head(tmp_path / "head", folder)
+    write_head(tmp_path / "head2", folder, seed=2)
     run_ranks(_plain, 1, folder, tmp_path / "plain.pt", 1)
     run_ranks(_identity, 2, folder, head, tmp_path / "plain.pt", 2)
 
 
 def _swaps(rank: int, world_size: int, folder: Path, head_folder: Path) -> None:
     """Drafters of every quality come and go in mid-rollout; text stays, acceptance follows."""
-    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:4", drafter=str(head_folder), collapse_frac=0.0))
+    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:4", drafter=(str(head_folder),), collapse_frac=0.0))
     prompts, speculation = make_prompts(4), engine.speculation
     learned = speculation.learned
     random_weights = {name: p.detach().clone() for name, p in learned.head.named_parameters()}
@@ -217,7 +219,7 @@ def silence(folder: Path) -> None:
 
 
 def _collapses(rank: int, world_size: int, folder: Path, head_folder: Path) -> None:
-    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:4", drafter=str(head_folder), drafts="one-hot"))
+    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:4", drafter=(str(head_folder),), drafts="one-hot"))
     prompts, speculation = make_prompts(6), engine.speculation
     learned = speculation.learned
     garbage = {name: p.detach().clone() for name, p in learned.head.named_parameters()}
@@ -248,7 +250,7 @@ def _thousands_of_steps(rank: int, world_size: int, folder: Path, head: Path, ex
     rng = random.Random(3)
     choices = [OFF, *(parse_strategy(f"{m}:{k}", "test") for m in ("eagle", "prompt_lookup") for k in range(1, 7))]
     sampling = SamplingConfig(temperature=1.0, max_response_tokens=400, ignore_eos=True)
-    spec = SpecConfig(strategy="eagle:6", drafter=str(head)) if world_size > 1 else None
+    spec = SpecConfig(strategy="eagle:6", drafter=(str(head),)) if world_size > 1 else None
     engine = make_engine(folder, spec=spec, tensor_parallel_size=world_size, max_model_len=512)
     if world_size > 1:
         engine.speculation.policy = EveryStep([rng.choice(choices) for _ in range(997)])

@@ -88,23 +88,44 @@ def test_a_drafter_that_was_not_worth_it_is_tried_again_at_probes():
     assert {route.drafter for index in probed for route in steps[index - 1] if route} == {SUFFIX, "eagle"}
 
 
-def test_trust_of_a_request_begins_with_its_group_and_becomes_its_own():
+def count(router: DraftRouter, drafter: str, request: str, *, num_stood: int, times: int = 50) -> None:
+    for _ in range(times):
+        router.verified(
+            drafter, request=request, group=request.split("#")[0], is_random=True, match_length=3,
+            confidences=np.full(4, 0.9), num_stood=num_stood,
+        )  # fmt: skip
+
+
+def test_trust_of_a_request_begins_with_its_group_and_that_with_its_source():
     router = DraftRouter(["eagle"], max_draft_tokens=4)
-    assert router.factor(SUFFIX, "p#0", "p") == 1
-    for _ in range(50):
-        router.verified(
-            SUFFIX, request="p#1", group="p", is_random=True, match_length=3, confidences=np.full(4, 0.9), num_stood=0
-        )  # fmt: skip
-    assert router.factor(SUFFIX, "p#0", "p") < 0.8
-    assert router.factor(SUFFIX, "q#0", "q") == 1
-    before = router.factor(SUFFIX, "p#0", "p")
-    for _ in range(50):
-        router.verified(
-            SUFFIX, request="p#0", group="p", is_random=True, match_length=3, confidences=np.full(4, 0.9), num_stood=4
-        )  # fmt: skip
-    assert router.factor(SUFFIX, "p#0", "p") > before
-    router.begin()
-    assert router.factor(SUFFIX, "p#0", "p") == 1
+    assert router.factor(SUFFIX, "sums/1#0", "sums/1") == 1
+    count(router, SUFFIX, "sums/1#1", num_stood=0)
+    before = router.factor(SUFFIX, "sums/1#0", "sums/1")
+    of_source = router.factor(SUFFIX, "sums/2#0", "sums/2")
+    assert before < of_source < 0.8
+    assert router.factor(SUFFIX, "stories/1#0", "stories/1") == 1
+    assert router.factor("eagle", "sums/1#0", "sums/1") == 1
+    count(router, SUFFIX, "sums/1#0", num_stood=4)
+    assert router.factor(SUFFIX, "sums/1#0", "sums/1") > before
+    router.begin()  # requests and groups are new, sources are not
+    assert router.factor(SUFFIX, "sums/1#0", "sums/1") == router.factor(SUFFIX, "sums/9#0", "sums/9") != 1
+
+
+def test_each_source_gets_the_head_that_knows_it():
+    router = past_probes(DraftRouter(["eagle", "eagle2"], max_draft_tokens=4))
+    for head, other in (("eagle", "eagle2"), ("eagle2", "eagle")):
+        source = {"eagle": "sums", "eagle2": "stories"}[head]
+        count(router, head, f"{source}/1#0", num_stood=4, times=100)
+        count(router, other, f"{source}/1#0", num_stood=0, times=100)
+    cheap = Prices(step_s=0.02, token_s=1e-5, pass_s={"eagle": 1e-4, "eagle2": 1e-4}, row_s={"eagle": 0, "eagle2": 0})
+    candidates = [
+        Candidate(name=f"{source}/5#0", group=f"{source}/5", room=8, is_random=True) for source in ("sums", "stories")
+    ]
+    routes = router.plan(candidates * 2, cheap, num_running=4)
+    assert [route.drafter for route in routes] == ["eagle", "eagle2"] * 2
+    # Where a pass costs more than two rows can earn, one head drafts for those that it is worth it for.
+    dear = Prices(step_s=0.02, token_s=1e-5, pass_s={"eagle": 1e-4, "eagle2": 1.0}, row_s={"eagle": 0, "eagle2": 0})
+    assert {route.drafter for route in router.plan(candidates * 2, dear, num_running=4) if route} == {"eagle"}
 
 
 def test_greedy_and_random_text_are_learned_apart():

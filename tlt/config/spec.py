@@ -11,15 +11,16 @@ class SpecConfig:
     """Flags --spec-*: lossless speculative decoding; responses have the policy's distribution whatever is drafted."""
 
     strategy: str = "off"
-    """What drafts: `eagle:<tokens>` (the head of --spec-drafter), `suffix:<tokens>` (longest match in the texts of the
+    """What drafts: `eagle:<tokens>` (a head of --spec-drafter), `suffix:<tokens>` (longest match in the texts of the
     request, its siblings and past responses), `prompt_lookup:<tokens>` (n-gram match in its own text),
     `adaptive:<tokens>` (for each request the drafter and the number of tokens, at most so many, that pay for
     themselves), or `off`; by batch size `schedule@1=eagle:6/9=suffix:4/33=off`, or arms of a bandit,
     `beg-mab@1=eagle:6|suffix:8/9=eagle:3|suffix:4` (docs/speculation.md)."""
     max_running_requests: int | None = None
     """Speculate in engine steps with at most this many running requests (the long tail); None means always."""
-    drafter: str | None = None
-    """Directory of an EAGLE head (config.json, model.safetensors) for the policy."""
+    drafter: tuple[str, ...] | None = None
+    """Directories of EAGLE heads (config.json, model.safetensors) for the policy: strategies name them `eagle`,
+    `eagle2`, ...; `adaptive` chooses among them. The first is the one that follows the policy."""
     drafts: Literal["coupled", "one-hot", "sampled"] = "coupled"
     """How a learned drafter's tokens are chosen: drawn from its own distribution with the numbers that the policy will
     draw with (coupled) or its best token (one-hot), which both leave each response token for token as without

@@ -54,6 +54,19 @@ class Route:
     num_draft_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One way to draft for all rows."""
+
+    drafters: list[str]  # [B]
+    num: np.ndarray  # [B] draft tokens
+    net: float
+    """Worth beyond the price, in tokens."""
+    gain: float
+    """Expected accepted tokens."""
+    cost_s: float
+
+
 @dataclass
 class Trust:
     """How many draft tokens stood where so many were expected to."""
@@ -94,6 +107,8 @@ class DraftRouter:
         }  # fmt: skip
         self.requests: dict[tuple[str, str], Trust] = {}
         self.groups: dict[tuple[str, str], Trust] = {}
+        self.sources: dict[tuple[str, str], Trust] = {}
+        """Of data sources, which outlive a rollout: a head trained on one may be worth little on another."""
         self.step = 0
         self.num_planned = 0
         """Draft tokens of the last plan: about so many will be drafted in the next."""
@@ -108,6 +123,7 @@ class DraftRouter:
         for is_random in (False, True):
             self.calibrations[name, is_random].doubt(share)
             self.depth_rates[name, is_random].doubt(share)
+        self.sources = {key: trust for key, trust in self.sources.items() if key[0] != name}
 
     def plan(self, candidates: Sequence[Candidate], prices: Prices, *, num_running: int) -> list[Route | None]:
         """[B] routes for one engine step; None drafts nothing."""
@@ -128,41 +144,67 @@ class DraftRouter:
         return routes
 
     def _choose(self, candidates: Sequence[Candidate], worth: dict) -> tuple[list[Route | None], float, float]:
-        """(routes, expected accepted tokens, seconds) at the present rate."""
-        token_price = self.rate * self.prices.token_s
+        """(routes, expected accepted tokens, seconds) at the present rate: the best of what the drafters can do."""
         longest = PROBE_TOKENS if self.is_probe else self.max_draft_tokens
-        alone = take(worth[SUFFIX], token_price, longest)  # (num [B], net [B], gain [B])
-        best = (SUFFIX, alone, np.zeros(len(candidates), dtype=bool), 0.0)
-        best_net = alone[1].sum()
-        heads = self.learned
-        if self.is_probe and heads:
-            heads = (heads[self.step // PROBE_STEPS % len(heads)],)
-        for name in heads:
-            row_price = self.rate * self.prices.row_s.get(name, 0.0)
-            pass_price = self.rate * self.prices.pass_s.get(name, 0.0)
-            own = take(worth[name], token_price + row_price, longest)
-            uses = own[1] > alone[1]
-            if self.is_probe:  # of two neighbours one each, so that both are seen
-                uses = (np.arange(len(candidates)) + self.step) % 2 == 0
-            depth = paying_depth(worth[name], own[0] * uses, token_price + row_price, pass_price, alone[1] * uses)
-            if self.is_probe:
-                depth = longest if uses.any() else 0
-            own = take(worth[name], token_price + row_price, min(longest, depth))
-            net = np.where(uses & (own[0] > 0), own[1], alone[1]).sum() - pass_price * depth
-            if depth > 0 and (net > best_net or self.is_probe):
-                best, best_net = (name, own, uses & (own[0] > 0), depth), net
-        name, own, uses, depth = best
-        num = np.where(uses, own[0], alone[0])
-        gain = float(np.where(uses, own[2], alone[2]).sum())
-        cost_s = float(num.sum()) * self.prices.token_s
-        if depth:
-            cost_s += depth * self.prices.pass_s.get(name, 0.0)
-            cost_s += float(own[0][uses].sum()) * self.prices.row_s.get(name, 0.0)
-        routes = [
-            Route(drafter=name if learned else SUFFIX, num_draft_tokens=int(count)) if count else None
-            for count, learned in zip(num, uses, strict=True)
+        suffix = take(worth[SUFFIX], self.rate * self.prices.token_s, longest)
+        plans = [
+            self._evaluate(heads, suffix, worth, longest)
+            for heads in self._assignments(suffix, worth, longest, len(candidates))
         ]
-        return routes, gain, cost_s
+        best = max(plans, key=lambda plan: plan.net)
+        routes = [
+            Route(drafter=name, num_draft_tokens=int(count)) if count else None
+            for name, count in zip(best.drafters, best.num, strict=True)
+        ]
+        return routes, best.gain, best.cost_s
+
+    def _assignments(
+        self, suffix: tuple[np.ndarray, np.ndarray, np.ndarray], worth: dict, longest: int, num_rows: int
+    ) -> list[list[str]]:
+        """Ways to give heads to rows, "" being none: none, each head where it beats the suffix draft, and each row its
+        best. At a probe every second row has a head, another one each time."""
+        if self.is_probe and self.learned:
+            name = self.learned[self.step // PROBE_STEPS % len(self.learned)]
+            return [[name if (row + self.step) % 2 == 0 else "" for row in range(num_rows)]]
+        nets = {
+            name: take(worth[name], self.rate * self._row_s(name), longest)[1] for name in self.learned
+        }  # fmt: skip
+        ways = [[""] * num_rows]
+        ways += [[name if own > other else "" for own, other in zip(net, suffix[1], strict=True)]
+                 for name, net in nets.items()]  # fmt: skip
+        if len(self.learned) > 1:
+            stacked = np.stack([suffix[1], *nets.values()])
+            ways.append([("", *self.learned)[index] for index in stacked.argmax(0)])
+        return ways
+
+    def _evaluate(self, heads: list[str], suffix: tuple, worth: dict, longest: int) -> "Plan":
+        """What an assignment brings; a head whose rows do not pay for one pass leaves them to the suffix drafter."""
+        num, net, gain = (part.copy() for part in suffix)
+        drafters = [SUFFIX] * len(heads)
+        passes_s = rows_s = 0.0
+        for name in sorted(set(heads) - {""}):
+            mine = np.array([head == name for head in heads])
+            price, pass_price = self.rate * self._row_s(name), self.rate * self.prices.pass_s.get(name, 0.0)
+            wanted = take(worth[name], price, longest)[0] * mine
+            depth = paying_depth(worth[name], wanted, price, pass_price, net * mine)
+            if self.is_probe:
+                depth = longest
+            own_num, own_net, own_gain = take(worth[name], price, min(longest, depth))
+            mine &= own_num > 0
+            if depth == 0 or not mine.any():
+                continue
+            num, gain = np.where(mine, own_num, num), np.where(mine, own_gain, gain)
+            net = np.where(mine, own_net, net)
+            net[np.argmax(mine)] -= pass_price * depth
+            passes_s += depth * self.prices.pass_s.get(name, 0.0)
+            rows_s += float(own_num[mine].sum()) * self.prices.row_s.get(name, 0.0)
+            drafters = [name if one else drafter for one, drafter in zip(mine, drafters, strict=True)]
+        cost_s = float(num.sum()) * self.prices.token_s + passes_s + rows_s
+        return Plan(drafters=drafters, num=num, net=float(net.sum()), gain=float(gain.sum()), cost_s=cost_s)
+
+    def _row_s(self, name: str) -> float:
+        """Seconds of one more token that a head drafts and the policy verifies, its pass being made anyway."""
+        return self.prices.token_s + self.prices.row_s.get(name, 0.0)
 
     def _suffix_worth(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """[B, K] probability that each token of the suffix draft and all before it stand; 0 behind its end."""
@@ -202,10 +244,13 @@ class DraftRouter:
         return np.array([self.factor(name, candidate.name, candidate.group) for candidate in candidates])
 
     def factor(self, drafter: str, request: str, group: str) -> float:
-        """How a request kept to what was expected of a drafter's tokens."""
-        of_group = self.groups[drafter, group].factor(1.0) if (drafter, group) in self.groups else 1.0
-        own = self.requests.get((drafter, request))
-        return of_group if own is None else own.factor(of_group)
+        """How a request kept to what was expected of a drafter's tokens; at first as its group did, and that as its
+        data source."""
+        factor = 1.0
+        for table, name in ((self.sources, source_of(group)), (self.groups, group), (self.requests, request)):
+            if (drafter, name) in table:
+                factor = table[drafter, name].factor(factor)
+        return factor
 
     def goes_on(
         self, name: str, depth: int, standing: np.ndarray, is_random: np.ndarray, factors: np.ndarray
@@ -247,8 +292,8 @@ class DraftRouter:
             kinds = [min(step, NUM_DEPTHS - 1) for step in steps]
             self.depth_rates[drafter, is_random].observe(kinds, [0.0] * len(kinds), num_stood)
         expected = calibration.observe(kinds, confidences.tolist(), num_stood)
-        for key, table in (((drafter, request), self.requests), ((drafter, group), self.groups)):
-            table.setdefault(key, Trust()).count(expected, num_stood)
+        for table, name in ((self.sources, source_of(group)), (self.groups, group), (self.requests, request)):
+            table.setdefault((drafter, name), Trust()).count(expected, num_stood)
 
 
 def take(worth: np.ndarray, price: float, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -270,6 +315,11 @@ def paying_depth(worth: np.ndarray, num: np.ndarray, price: float, pass_price: f
     net = np.cumsum(((worth[:, :deepest] - price) * wants).sum(0) - pass_price)
     depth = int(net.argmax()) + 1
     return depth if net[depth - 1] > given_up[num > 0].sum() else 0
+
+
+def source_of(group: str) -> str:
+    """Data source of a group's prompt, `<source>/<index>`."""
+    return group.rpartition("/")[0]
 
 
 def match_kinds(match_lengths: np.ndarray) -> np.ndarray:

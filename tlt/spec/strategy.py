@@ -8,7 +8,10 @@ from tlt.types import OFF, SpecStrategy
 
 ADAPTIVE = "adaptive"
 """Each request gets the drafter and the length that pay for it (tlt/drafter/router.py), at most so many tokens."""
-METHODS = ("eagle", "prompt_lookup", "suffix", ADAPTIVE)
+MAX_HEADS = 8
+HEADS = ("eagle", *(f"eagle{number}" for number in range(2, MAX_HEADS + 1)))
+"""Names of learned drafters, in the order in which they are given."""
+METHODS = (*HEADS, "prompt_lookup", "suffix", ADAPTIVE)
 MAX_DRAFT_TOKENS = 32
 
 

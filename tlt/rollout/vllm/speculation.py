@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from tlt.rollout.vllm.suffix_drafter import SuffixDrafter, compile_kernels
 from tlt.rollout.vllm.token_pool import TokenPool
 from tlt.spec.cost_model import CostModel
 from tlt.spec.policy import parse_policy
-from tlt.spec.strategy import ADAPTIVE, StrategyPolicy
+from tlt.spec.strategy import ADAPTIVE, HEADS, StrategyPolicy
 from tlt.spec.watchdog import Watchdog
 from tlt.types import EngineStats, HiddenStateSample, Prompt
 
 logger = logging.getLogger(__name__)
 
-LEARNED = "eagle"
+LEARNED = HEADS[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,8 @@ class SpecPlan:
     policy: StrategyPolicy
     methods: frozenset[str]
     """Of all strategies that the policy may choose."""
-    head: EagleHead | None
+    heads: Mapping[str, EagleHead]
+    """Learned drafters by name."""
 
     @property
     def max_draft_tokens(self) -> int:
@@ -55,17 +57,25 @@ def read_spec_plan(config: SpecConfig, *, target_config: dict, dtype: torch.dtyp
         config.strategy, "--spec-strategy", max_running_requests=config.max_running_requests
     )
     methods = frozenset(strategy.method for strategy in strategies)
-    head = None
-    if config.drafter is not None:
-        head = load_head(Path(config.drafter), flag="--spec-drafter", target_config=target_config, dtype=dtype)
-    if LEARNED in methods and head is None:
-        raise ValueError(f"--spec-strategy {config.strategy} needs --spec-drafter, the directory of an EAGLE head")
-    if head is not None and config.drafts == "sampled" and tp_size > 1:
+    folders = config.drafter or ()
+    if len(folders) > len(HEADS):
+        raise ValueError(f"--spec-drafter takes at most {len(HEADS)} directories, got {len(folders)}")
+    heads = {
+        name: load_head(Path(folder), flag="--spec-drafter", target_config=target_config, dtype=dtype)
+        for name, folder in zip(HEADS, folders, strict=False)
+    }
+    missing = sorted(methods.intersection(HEADS).difference(heads))
+    if missing:
+        raise ValueError(
+            f"--spec-strategy {config.strategy} needs --spec-drafter, a directory for each of its heads: "
+            f"{len(heads)} given, without {', '.join(missing)}"
+        )
+    if heads and config.drafts == "sampled" and tp_size > 1:
         raise ValueError(
             "--spec-drafts sampled needs --rollout-tensor-parallel-size 1: ranks that round differently would accept "
             "different tokens; coupled has no such trouble"
         )
-    return SpecPlan(config=config, policy=policy, methods=methods, head=head)
+    return SpecPlan(config=config, policy=policy, methods=methods, heads=heads)
 
 
 class NoSpeculation:
@@ -111,32 +121,35 @@ class Speculation:
         self.ledger = DraftLedger()
         self.buffer = HiddenStateBuffer(plan.config.hidden_states_mib * 2**20)
         self.watchdog = Watchdog(collapse_frac=plan.config.collapse_frac)
-        needs_pool = plan.head is not None or self.buffer.is_open
+        needs_pool = bool(plan.heads) or self.buffer.is_open
         pool = TokenPool(runner) if needs_pool else NoHiddenStates()
         self.suffix = SuffixDrafter(runner, history)
         if plan.methods & {SUFFIX, ADAPTIVE}:
             compile_kernels()
         drafters: dict[str, EngineDrafter] = {"prompt_lookup": LookupDrafter(runner), SUFFIX: self.suffix}
-        self.learned: LearnedDrafter | None = None
-        if plan.head is not None:
-            self.learned = LearnedDrafter(plan.head, runner, pool, name=LEARNED, drafts=plan.config.drafts)
-            drafters[LEARNED] = self.learned
-            if plan.head.draft_token_ids is not None:
+        self.heads = {
+            name: LearnedDrafter(head, runner, pool, name=name, drafts=plan.config.drafts)
+            for name, head in plan.heads.items()
+        }
+        self.learned = self.heads.get(LEARNED)
+        """The head that follows the policy: it is swapped and watched."""
+        drafters |= self.heads
+        for learned in self.heads.values():
+            if learned.head.draft_token_ids is not None:
                 name = output_name(runner.get_model())
-                self.learned.renew_output(name, read_weight(Path(hf_model), name))
+                learned.renew_output(name, read_weight(Path(hf_model), name))
         self.drafting = Drafting(
             runner, scheduler, drafters=drafters, ledger=self.ledger, pool=pool, agree=agree,
             max_draft_tokens=runner.num_spec_tokens,
         )  # fmt: skip
         self.costs = CostModel()
-        heads = [] if self.learned is None else [LEARNED]
-        self.router = DraftRouter(heads, max_draft_tokens=runner.num_spec_tokens)
+        self.router = DraftRouter(list(self.heads), max_draft_tokens=runner.num_spec_tokens)
         self.routing = AdaptiveRouting(self.router, self.suffix, agree=agree)
         self.drafting.router = self.routing
         self.ledger.on_verified = self.routing.verified
-        if self.learned is not None:
-            self.learned.limit = self.routing
-            self.learned.on_pass = lambda num_rows, seconds: self.costs.observe_pass(LEARNED, num_rows, seconds)
+        for name, learned in self.heads.items():
+            learned.limit = self.routing
+            learned.on_pass = partial(self.costs.observe_pass, name)
         self.begin([])
 
     def begin(self, prompts: Sequence[Prompt]) -> None:
@@ -215,8 +228,8 @@ class Speculation:
 
     def renew_output(self, name: str, tensor: torch.Tensor) -> None:
         """A weight of the target was replaced; frozen copies of it follow."""
-        if self.learned is not None:
-            self.learned.renew_output(name, tensor)
+        for learned in self.heads.values():
+            learned.renew_output(name, tensor)
 
     @property
     def drafter_version(self) -> int:
