@@ -85,14 +85,15 @@ def test_rollout_refuses_bad_input_in_one_line(model, tmp_path, arguments, messa
 
 
 def test_the_rollout_benchmark_pairs_strategies(model, head, tmp_path):
+    strategies = ["plain", "off", "eagle:2", "suffix:3", "adaptive:4", "beg-mab@1=eagle:2|suffix:3"]
     result = run(
         "bench_rollout.py", "--model", str(model), "--drafter", str(head), "--sources", SUMS, "--strategies",
-        "plain,off,eagle:2,prompt_lookup:3", "--requests-per-rank", "4", "--group-size", "2", "--dtype", "float32",
+        ",".join(strategies), "--requests-per-rank", "4", "--group-size", "2", "--dtype", "float32",
         "--max-model-len", "256", "--max-tokens", "60", "--quick", "--json", str(tmp_path / "rows.json"),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     rows = {row["strategy"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
-    assert set(rows) == {"plain", "off", "eagle:2", "prompt_lookup:3"}
+    assert set(rows) == set(strategies)
     assert rows["plain"]["ratio_vs_plain"] == 1
     assert len({row["num_tokens"] for row in rows.values()}) == 1, "the same responses"
     assert rows["off"]["acceptance_length"] == 1
@@ -103,7 +104,7 @@ def test_the_rollout_benchmark_pairs_strategies(model, head, tmp_path):
 
 def test_rl_is_the_same_run_with_and_without_speculation(model, head, tmp_path):
     common = {"train_iters": 2, "eval_num_samples": 0, "rollout_max_response_tokens": 60, "rl_optimizer_steps": 1}
-    drafting = {"spec_drafter": head, "spec_strategy": "eagle:3"}
+    drafting = {"spec_drafter": head, "spec_strategy": "adaptive:4"}
     outputs = [
         finish(start(flags(model, tmp_path / name, **common, **extra)))
         for name, extra in (("plain", {}), ("spec", drafting))
