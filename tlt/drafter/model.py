@@ -24,6 +24,9 @@ from tlt.config.architecture import head_dim, rope_parameters
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q [T, heads, D], k and v [T, key-value heads, D]) -> [T, heads, D]: over packed sequences, or an engine's cache."""
 
+Rows = torch.Tensor
+"""[N] int64: rows of T."""
+
 WEIGHTS = "model.safetensors"
 DRAFT_TOKEN_IDS = "draft_token_ids"
 """Tensor [V_draft] int64 of the directory: tokens that may be drafted; without it all may."""
@@ -103,11 +106,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, rotary: Rotary, cos: torch.Tensor, sin: torch.Tensor, attend: Attend):
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, rows: slice | Rows
+    ) -> torch.Tensor:
         q, k, v = (
-            project(x).unflatten(-1, (-1, self.shape.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(inputs).unflatten(-1, (-1, self.shape.head_dim))
+            for project, inputs in ((self.q_proj, x[rows]), (self.k_proj, x), (self.v_proj, x))
         )
-        return self.o_proj(attend(rotary(q, cos, sin), rotary(k, cos, sin), v).flatten(1))
+        return self.o_proj(attend(rotary(q, cos[rows], sin[rows]), rotary(k, cos, sin), v).flatten(1))
 
 
 class MLP(nn.Module):
@@ -130,8 +136,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = MLP(shape)
 
-    def forward(self, x: torch.Tensor, rotary: Rotary, cos: torch.Tensor, sin: torch.Tensor, attend: Attend):
-        x = x + self.self_attn(x, rotary, cos, sin, attend)
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, rows: slice | Rows
+    ) -> torch.Tensor:
+        x = x[rows] + self.self_attn(x, rotary, cos, sin, attend, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -152,11 +160,15 @@ class EagleHead(nn.Module):
         hidden_states: torch.Tensor,  # [T, H] of the target at t, after its final norm, or this head's own
         position_ids: torch.Tensor,  # [T]: t
         attend: Attend,
+        rows: Rows | None = None,
     ) -> torch.Tensor:
-        """[T, H]: what takes the place of the target's hidden state at t + 1."""
+        """[T, H]: what takes the place of the target's hidden state at t + 1; of `rows` [N] only where given, [N, H].
+
+        Other rows then give keys and values alone, a fifth of the work; `attend` gets the queries of `rows`.
+        """
         x = self.fc(torch.cat([embeddings, hidden_states], dim=-1))
         cos, sin = self.rotary.cos[position_ids, None], self.rotary.sin[position_ids, None]
-        return self.layers[0](x, self.rotary, cos, sin, attend)
+        return self.layers[0](x, self.rotary, cos, sin, attend, slice(None) if rows is None else rows)
 
 
 def initialize(head: EagleHead, *, seed: int, hidden_std: float = 1.0, embedding_std: float = 1.0) -> None:
