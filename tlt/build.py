@@ -1,7 +1,9 @@
 """RunConfig -> components. The only file that knows all classes."""
 
+import copy
 import json
 import logging
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from tlt.config import (
 from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions, held_out_prompts
 from tlt.data.source import question_key
 from tlt.drafter.history import SuffixHistory
+from tlt.drafter.learner import HeadLearner
 from tlt.evaluation import Evaluation
 from tlt.interrupt import Interrupt
 from tlt.loop import Run
@@ -30,6 +33,7 @@ from tlt.metrics import MetricsLog
 from tlt.policy.model import uses_transformer_engine
 from tlt.policy.trainer import MegatronPolicyTrainer
 from tlt.progress import Progress
+from tlt.protocols import TailWork
 from tlt.provenance import write_run_record
 from tlt.rewards.pool import RewardPool
 from tlt.rl.losses import Objective, PolicyObjective
@@ -39,6 +43,8 @@ from tlt.rollout.log import RolloutLog
 from tlt.rollout.vllm.engine import VLLMRolloutEngine, parse_engine_args
 from tlt.rollout.vllm.speculation import read_spec_plan
 from tlt.run_state import Checkpoints, RunState, latest_checkpoint, read_history, read_state
+from tlt.spot.board import TailBoard
+from tlt.spot.training import NoSpotTraining, SpotTraining
 from tlt.trace import Trace
 from tlt.types import Prompt, SamplingConfig
 from tlt.weight_sync.gather import PolicyWeights
@@ -157,7 +163,10 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             trainer.load(inputs.checkpoint)
             logger.info("resumed from %s", inputs.checkpoint)
 
-    rollouts = RolloutCollector(engine, rewards, parallel, history=history, interrupt=interrupt, trace=trace)
+    tail = build_tail_work(config, engine, parallel, interrupt=interrupt, trace=trace)
+    rollouts = RolloutCollector(
+        engine, rewards, parallel, history=history, tail=tail, interrupt=interrupt, trace=trace
+    )
     training = config.training
     rollout_log = RolloutLog(
         save / "rollouts", interval=config.rollout.save_interval, is_writer=parallel.rank == 0
@@ -242,6 +251,25 @@ def build_engine(config: RunConfig, inputs: Inputs, interrupt: Interrupt, histor
         spec=inputs.spec,
         history=history,
     )
+
+
+def build_tail_work(
+    config: RunConfig, engine: VLLMRolloutEngine, parallel: process_groups.Parallel, *, interrupt: Interrupt,
+    trace: Trace,
+) -> TailWork:  # fmt: skip
+    """What ranks do while others still decode."""
+    if config.spot.training == "off":
+        return NoSpotTraining()
+    head = copy.deepcopy(engine.speculation.learned.head).cpu()
+    learner = HeadLearner(
+        head, replace(config.drafter, lr=config.spot.lr, min_lr_frac=1.0), target=engine.drafter_target,
+        temperature=config.rollout.temperature, seed=config.training.seed + parallel.rank,
+    )  # fmt: skip
+    store = torch.distributed.distributed_c10d._get_default_store()
+    return SpotTraining(
+        learner, engine, TailBoard(store, world_size=parallel.world_size), parallel, config=config.spot,
+        is_stopped=interrupt.is_requested, trace=trace,
+    )  # fmt: skip
 
 
 def build_policy_trainer(

@@ -37,6 +37,12 @@ class Parallel:
         dist.all_gather_object(values, value, group=self.control_group)
         return values
 
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks of a tensor on the CPU. Collective over all ranks; all must call."""
+        total = values.clone()
+        dist.all_reduce(total, group=self.control_group)
+        return total
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Collective over all ranks; all must call."""
         total = torch.tensor(int(flag))

@@ -1,12 +1,21 @@
 """What the loop and the adapters know of each other; adapters never import one another."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from tlt.types import EngineStats, Prompt, Rollout, RolloutGroup, SamplingConfig, TrainBatch
+from tlt.types import (
+    EngineStats,
+    HiddenStateSample,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    SamplingConfig,
+    TailReport,
+    TrainBatch,
+)
 
 OnFinished = Callable[[Prompt, int, Rollout], None]
 """Called with (prompt, sample index, rollout) the moment a response ends, while others still decode."""
@@ -39,6 +48,17 @@ class RolloutEngine(Protocol):
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None:
         """Replace the target model's weights from full tensors under Hugging Face names, consumed as a stream."""
+
+    drafter_version: int
+
+    def load_drafter(self, tensors: Mapping[str, torch.Tensor], *, drafter_version: int) -> None:
+        """Swap the learned drafter's weights, between two engine steps; text is not affected."""
+
+    def drafter_tensors(self) -> dict[str, torch.Tensor]:
+        """Copies of the weights that draft now."""
+
+    def hidden_state_samples(self) -> list[HiddenStateSample]:
+        """What the buffer of this rank holds, oldest first."""
 
     def sleep(self) -> None:
         """Give the device to the policy: weights and KV cache leave it."""
@@ -73,6 +93,37 @@ class PolicyTrainer(Protocol):
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, at any parallel layout. Collective over all ranks."""
+
+
+class TailWork(Protocol):
+    """What a rank does between its own last response and the world's."""
+
+    def begin(self) -> None:
+        """A rollout of the world begins."""
+
+    def use_tail(self) -> TailReport:
+        """This rank's replica is done, or was told to stop. Returns soon after the world's rollout ends."""
+
+    def publish(self) -> dict[str, float]:
+        """All ranks met: share what came of it; metrics. Collective over all ranks."""
+
+
+class DrafterLearner(Protocol):
+    """A drafter's trainer, as the rank that idles uses it."""
+
+    def train(
+        self, samples: Sequence[HiddenStateSample], *, should_stop: Callable[[], bool], on_step: Callable[[], None]
+    ) -> None:
+        """Until `should_stop()`, asked after every micro-step; `on_step` after each optimizer step."""
+
+    def average(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], *, weight: float) -> None:
+        """Weights become the mean over ranks. Collective over all ranks."""
+
+    def scores(self, samples: Sequence[HiddenStateSample], *, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[3] float64 sums over drafts: of the live weights, of those to be published; number of drafts."""
+
+    def published(self) -> dict[str, torch.Tensor]:
+        """Weights to draft with."""
 
 
 class PromptSource(Protocol):

@@ -147,6 +147,20 @@ class PackedMicroBatch:
     ref_logprobs: torch.Tensor | None = None  # [N] float32
 
 
+@dataclass(frozen=True, kw_only=True)
+class TailReport:
+    """What one rank did with the time between its own last response and the world's."""
+
+    train_s: float = 0.0
+    """Trained its drafter."""
+    num_steps: int = 0
+    """Optimizer steps."""
+    has_failed: bool = False
+    """Its trainer raised, now or before."""
+    back_s: float = 0.0
+    """Wall-clock second at which it was where all ranks meet; 0 where it never left."""
+
+
 @dataclass(kw_only=True)
 class EngineStats:
     """What one call of `RolloutEngine.generate` did on this rank."""

@@ -119,3 +119,25 @@ def test_rl_is_the_same_run_with_and_without_speculation(model, head, tmp_path):
     assert spec[1]["spec/eagle/num_drafts"] > 0
     assert spec[1]["spec/acceptance_length"] >= 1
     assert "spec/acceptance_length" not in plain[1]
+
+
+def test_idle_ranks_train_the_drafter_and_the_run_is_the_same(model, head, tmp_path):
+    common = {
+        "train_iters": 3, "eval_num_samples": 0, "rollout_max_response_tokens": 60, "rl_optimizer_steps": 1,
+        "spec_drafter": head, "spec_strategy": "eagle:3", "spec_hidden_states_mib": 16,
+        # Groups of unequal length leave a rank a tail now and then.
+        "rl_prompts_per_iteration": 4, "drafter_starts_per_step": 32,
+    }  # fmt: skip
+    outputs = [
+        finish(start(flags(model, tmp_path / name, **common, spot_training=name)), timeout_s=280)
+        for name in ("off", "on")
+    ]
+    off, on = records(tmp_path / "off"), records(tmp_path / "on")
+    assert len(off) == len(on) == 4, outputs[1][-3000:]
+    for first, second in zip(off, on, strict=True):
+        for name in first:
+            if name.startswith(("rl/", "policy/", "eval/")) and not name.endswith("_s"):
+                assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-4), name
+    assert not any(name.startswith("spot/") for record in off for name in record)
+    assert sum(record.get("spot/steps", 0) for record in on) >= 1, outputs[1][-3000:]
+    assert all(record["spot/failed_ranks"] == 0 for record in on[1:])

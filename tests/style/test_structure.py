@@ -36,6 +36,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     },
     "workload": set(),
     "spec": BASE,
+    "spot": BASE | {"parallel", "protocols", "trace"},
     "drafter": BASE | {"spec"},
     "sft": BASE | {"data", "interrupt", "metrics", "parallel", "policy", "progress", "run_state", "trace"},
     "launch": {"arguments"},

@@ -8,6 +8,7 @@ import pytest
 from tlt.arguments import build_parser, parse, to_flags
 from tlt.config import (
     DataConfig,
+    DrafterConfig,
     EvalConfig,
     ModelConfig,
     OptimizerConfig,
@@ -16,6 +17,7 @@ from tlt.config import (
     RolloutConfig,
     RunConfig,
     SpecConfig,
+    SpotConfig,
     TrainingConfig,
     check,
 )
@@ -40,6 +42,8 @@ def test_config_to_flags_to_config_is_the_same():
         rl=RLConfig(dual_clip=3.0, importance_sampling_cap=1.5, advantage_std=False, loss_aggregation="dr-grpo"),
         rollout=RolloutConfig(temperature=0.9, max_model_len=512),
         spec=SpecConfig(strategy="eagle:4", max_running_requests=8, drafts="one-hot"),
+        drafter=DrafterConfig(num_depths=3),
+        spot=SpotConfig(training="on", lr=1e-4),
         data=DataConfig(train=("reasoning-gym:gcd", "jsonl:x"), weights=(1.0, 2.5), instruction="\nThink."),
         eval=EvalConfig(sources=("reasoning-gym:lcm",)),
         reward=RewardConfig(workers=3),

@@ -11,6 +11,7 @@ from tlt.config.rl import RLConfig
 from tlt.config.rollout import RolloutConfig
 from tlt.config.run import RunConfig
 from tlt.config.spec import SpecConfig
+from tlt.config.spot import SpotConfig
 from tlt.config.training import DataConfig, EvalConfig, RewardConfig, TrainingConfig
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SpecConfig",
+    "SpotConfig",
     "TrainingConfig",
     "check",
     "check_policy_layout",

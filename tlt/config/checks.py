@@ -44,6 +44,7 @@ def check(config: RunConfig, *, world_size: int, hf_config: dict) -> None:
             f"at most the model's context of {context} tokens",
         )
         context = rollout.max_model_len
+    check_spot(config, hf_config=hf_config)
     require(
         config.rl.overlong_buffer_tokens < rollout.max_response_tokens,
         "--rl-overlong-buffer-tokens",
@@ -55,6 +56,29 @@ def check(config: RunConfig, *, world_size: int, hf_config: dict) -> None:
         "--rollout-max-response-tokens",
         rollout.max_response_tokens,
         f"below the context length of {context} tokens",
+    )
+
+
+def check_spot(config: RunConfig, *, hf_config: dict) -> None:
+    """What training of the drafter on idle ranks needs."""
+    if config.spot.training == "off":
+        return
+    spec, flag = config.spec, "--spot-training on"
+    require(bool(spec.drafter), f"{flag}: --spec-drafter", spec.drafter, "the EAGLE head to train")
+    require(
+        spec.hidden_states_mib > 0,
+        f"{flag}: --spec-hidden-states-mib",
+        spec.hidden_states_mib,
+        "room for its data",
+    )
+    size = config.rollout.tensor_parallel_size
+    require(size == 1, f"{flag}: --rollout-tensor-parallel-size", size, "1: a rank trains alone")
+    require(config.rollout.temperature > 0, f"{flag}: --rollout-temperature", config.rollout.temperature, "above 0")
+    require(
+        config.rollout.top_p == 1 and config.rollout.top_k == 0,
+        f"{flag}: --rollout-top-p, --rollout-top-k",
+        f"{config.rollout.top_p}, {config.rollout.top_k}",
+        "1 and 0: the head learns the whole distribution",
     )
 
 

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from tlt.config.drafter import DrafterConfig
 from tlt.config.policy import ModelConfig, OptimizerConfig
 from tlt.config.rl import RLConfig
 from tlt.config.rollout import RolloutConfig
 from tlt.config.spec import SpecConfig
+from tlt.config.spot import SpotConfig
 from tlt.config.training import DataConfig, EvalConfig, RewardConfig, TrainingConfig
 
 
@@ -19,6 +21,8 @@ class RunConfig:
     rl: RLConfig
     rollout: RolloutConfig
     spec: SpecConfig
+    drafter: DrafterConfig
+    spot: SpotConfig
     data: DataConfig
     eval: EvalConfig
     reward: RewardConfig

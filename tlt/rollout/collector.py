@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from tlt.drafter.history import SuffixHistory
 from tlt.interrupt import Interrupt, Interrupted
 from tlt.parallel import Parallel
-from tlt.protocols import RewardFn, RolloutEngine, RolloutInterrupted
+from tlt.protocols import RewardFn, RolloutEngine, RolloutInterrupted, TailWork
 from tlt.spec.acceptance import AcceptanceStats
 from tlt.trace import Trace
-from tlt.types import EngineStats, Prompt, RolloutGroup, SamplingConfig
+from tlt.types import EngineStats, Prompt, RolloutGroup, SamplingConfig, TailReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class ReplicaReport:
     begin_s: float
     end_s: float
     """Wall-clock seconds between which the rank decoded."""
+    tail: TailReport
     reward_stats: dict[str, float]
     interrupted: bool
 
@@ -30,13 +31,14 @@ class RolloutCollector:
     """Brings engine, rewards and ranks together; the same for training (sampled groups) and evaluation (greedy)."""
 
     def __init__(
-        self, engine: RolloutEngine, rewards: RewardFn, parallel: Parallel, *, history: SuffixHistory,
+        self, engine: RolloutEngine, rewards: RewardFn, parallel: Parallel, *, history: SuffixHistory, tail: TailWork,
         interrupt: Interrupt, trace: Trace,
     ):  # fmt: skip
         self.engine = engine
         self.rewards = rewards
         self.parallel = parallel
         self.history = history
+        self.tail = tail
         self.interrupt = interrupt
         self.trace = trace
 
@@ -48,17 +50,20 @@ class RolloutCollector:
         Raises Interrupted on all ranks if any of them was asked to stop. Collective over all ranks; all must call.
         """
         begin_s = time.time()
+        self.tail.begin()
         try:
             with self.trace.span("rollout", num_prompts=len(prompts), group_size=group_size):
                 groups = self.engine.generate(
                     prompts, sampling, group_size=group_size, seed=seed, on_finished=self.rewards.submit
                 )
             end_s = time.time()
+            tail = self.tail.use_tail()
             with self.trace.span("reward"):
                 groups = self.rewards.collect(groups) if self.engine.is_replica_leader else []
         except RolloutInterrupted:
             self.rewards.abandon()
             groups, end_s = [], time.time()
+            tail = self.tail.use_tail()
 
         has_rewards = self.engine.is_replica_leader and bool(groups)
         report = ReplicaReport(
@@ -66,6 +71,7 @@ class RolloutCollector:
             stats=self.engine.stats(),
             begin_s=begin_s,
             end_s=end_s,
+            tail=tail,
             reward_stats=self.rewards.stats() if has_rewards else {},
             interrupted=self.interrupt.is_requested(),
         )
@@ -77,7 +83,7 @@ class RolloutCollector:
         for group in groups:  # the same on all ranks, wherever a prompt will be placed next
             for rollout in group.rollouts:
                 self.history.add(group.prompt.prompt_id, rollout.token_ids, policy_version=rollout.policy_version)
-        return groups, rollout_metrics(reports)
+        return groups, rollout_metrics(reports) | self.tail.publish()
 
 
 def in_order(prompts: Sequence[Prompt], reports: Sequence[ReplicaReport]) -> list[RolloutGroup]:
@@ -126,6 +132,21 @@ def rollout_metrics(reports: Sequence[ReplicaReport]) -> dict[str, float]:
         "rollout/tokens_per_s": num_tokens / duration_s if duration_s > 0 else 0.0,
         "rollout/preemptions": float(sum(report.stats.num_preemptions for report in reports if report.groups)),
         **spec_metrics(reports),
+        **tail_metrics(reports, end_s=end_s, idle_s=sum(idle_s)),
+    }
+
+
+def tail_metrics(reports: Sequence[ReplicaReport], *, end_s: float, idle_s: float) -> dict[str, float]:
+    """What idle ranks did; nothing where none trained in this rollout or has failed before."""
+    tails = [report.tail for report in reports]
+    if not any(tail.num_steps or tail.has_failed for tail in tails):
+        return {}
+    late_s = [max(tail.back_s - end_s, 0.0) for tail in tails if tail.num_steps]
+    return {
+        "spot/train_s": sum(tail.train_s for tail in tails),
+        "spot/idle_rank_s_used_frac": sum(tail.train_s for tail in tails) / idle_s if idle_s > 0 else 0.0,
+        "spot/ranks_trained": float(sum(tail.num_steps > 0 for tail in tails)),
+        "spot/preemption_s_max": max(late_s, default=0.0),
     }
 
 

@@ -12,6 +12,9 @@ ADDED = (
     "reward/timeouts",
     "reward/errors",
     "reward/wait_s",
+    "spot/steps",
+    "spot/train_s",
+    "spot/published",
 )
 """Metrics that add up over the rounds of an iteration; the others are means weighted by each round's duration."""
 
@@ -52,12 +55,13 @@ class GroupSampler:
 
 def merged(rounds: list[dict[str, float]]) -> dict[str, float]:
     """Metrics of several rollouts as those of one."""
-    total_s = sum(metrics["rollout/duration_s"] for metrics in rounds)
     result = {}
-    for name in rounds[0]:
+    for name in sorted({name for metrics in rounds for name in metrics}):
+        holding = [metrics for metrics in rounds if name in metrics]  # a round without drafts says nothing of them
         if name in ADDED:
-            result[name] = sum(metrics[name] for metrics in rounds)
+            result[name] = sum(metrics[name] for metrics in holding)
         else:
-            weighted = sum(metrics[name] * metrics["rollout/duration_s"] for metrics in rounds)
-            result[name] = weighted / total_s if total_s > 0 else rounds[0][name]
+            total_s = sum(metrics["rollout/duration_s"] for metrics in holding)
+            weighted = sum(metrics[name] * metrics["rollout/duration_s"] for metrics in holding)
+            result[name] = weighted / total_s if total_s > 0 else holding[0][name]
     return result

@@ -22,8 +22,9 @@ def parse_strategy(text: str, flag: str, *, methods: tuple[str, ...] = METHODS) 
     method, _, count = text.partition(":")
     if method not in methods or not count.isdigit() or not 1 <= int(count) <= MAX_DRAFT_TOKENS:
         raise ValueError(
-            f"{flag} must be `off` or `<method>:<draft tokens>` with a method of {', '.join(methods)} and 1 to "
-            f"{MAX_DRAFT_TOKENS} tokens, got {text!r}"
+            f"{flag} must be `off` or `<method>:<draft tokens>` with a method of "
+            f"{', '.join(method for method in methods if method not in HEADS[1:])} (or eagle2, ...) and "
+            f"1 to {MAX_DRAFT_TOKENS} tokens, got {text!r}"
         )
     return SpecStrategy(method=method, num_draft_tokens=int(count))
 

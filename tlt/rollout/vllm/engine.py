@@ -20,7 +20,7 @@ from tlt.rollout.vllm.drafting import NAME, SEED, speculative_config
 from tlt.rollout.vllm.speculation import SpecPlan, make_speculation
 from tlt.spec.lossless import refuse_lossy
 from tlt.spec.randomness import request_seed
-from tlt.types import EngineStats, Prompt, Rollout, RolloutGroup, SamplingConfig
+from tlt.types import EngineStats, HiddenStateSample, Prompt, Rollout, RolloutGroup, SamplingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +173,7 @@ class VLLMRolloutEngine:
             self.speculation.finished(
                 output.request_id, [*prompt.token_ids, *rollout.token_ids],
                 num_prompt_tokens=len(prompt.token_ids), policy_version=self.policy_version,
+                is_random=sampling.temperature > 0,
             )  # fmt: skip
             finished[output.request_id] = rollout
             if self.is_replica_leader:
@@ -271,6 +272,27 @@ class VLLMRolloutEngine:
         All ranks of the replica must call with the same tensors.
         """
         self.speculation.load_drafter(tensors, version=drafter_version)
+
+    @property
+    def drafter_version(self) -> int:
+        """Of the learned drafter that follows the policy; -1 without one."""
+        return self.speculation.drafter_version
+
+    def drafter_tensors(self) -> dict[str, torch.Tensor]:
+        """Copies of its weights, on the CPU. RuntimeError without one."""
+        return self.speculation.drafter_tensors()
+
+    def drafter_target(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(embedding [V, H], output rows [V_draft, H]) of the policy that the drafter works with, as they are now.
+
+        RuntimeError under tensor parallelism, where no rank has them whole."""
+        if self.tp_size > 1:
+            raise RuntimeError("the policy's embedding is spread over ranks")
+        return self.speculation.drafter_target()
+
+    def hidden_state_samples(self) -> list[HiddenStateSample]:
+        """What the buffer of this rank holds, oldest first."""
+        return self.speculation.hidden_state_samples()
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None:
         """Replace the target model's weights from full tensors under Hugging Face names, consumed as a stream.

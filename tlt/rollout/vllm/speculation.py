@@ -95,12 +95,26 @@ class NoSpeculation:
     def after_step(self, seconds: float) -> None:
         """Nothing to watch."""
 
-    def finished(self, name: str, token_ids: list[int], *, num_prompt_tokens: int, policy_version: int) -> None:
+    def finished(
+        self, name: str, token_ids: list[int], *, num_prompt_tokens: int, policy_version: int, is_random: bool
+    ) -> None:
         """Nothing to keep."""
 
     def load_drafter(self, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
         """Refuses: there is none."""
         raise RuntimeError("the engine was built without a learned drafter (--spec-drafter)")
+
+    def drafter_tensors(self) -> dict[str, torch.Tensor]:
+        """Refuses: there is none."""
+        raise RuntimeError("the engine was built without a learned drafter (--spec-drafter)")
+
+    def drafter_target(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuses: there is none."""
+        raise RuntimeError("the engine was built without a learned drafter (--spec-drafter)")
+
+    def hidden_state_samples(self) -> list[HiddenStateSample]:
+        """None are kept."""
+        return []
 
     def renew_output(self, name: str, tensor: torch.Tensor) -> None:
         """No copies of the target's weights."""
@@ -201,10 +215,12 @@ class Speculation:
             )  # fmt: skip
         self._counted = (drafted, accepted)
 
-    def finished(self, name: str, token_ids: list[int], *, num_prompt_tokens: int, policy_version: int) -> None:
+    def finished(
+        self, name: str, token_ids: list[int], *, num_prompt_tokens: int, policy_version: int, is_random: bool
+    ) -> None:
         """Keep a response that just ended: its text for its siblings, its hidden states while its blocks hold them."""
         self.suffix.finished(name, token_ids)
-        if not self.buffer.is_open:
+        if not self.buffer.is_open or not is_random:  # greedy text is not what a drafter is trained for
             return
         rows = self.runner.input_batch.req_id_to_index
         (row,) = (row for request_id, row in rows.items() if request_name(self.runner, request_id) == name)
@@ -230,6 +246,26 @@ class Speculation:
         """A weight of the target was replaced; frozen copies of it follow."""
         for learned in self.heads.values():
             learned.renew_output(name, tensor)
+
+    def drafter_tensors(self) -> dict[str, torch.Tensor]:
+        """Copies of the weights of the head that follows the policy. RuntimeError without one."""
+        if self.learned is None:
+            raise RuntimeError("the engine was built without a learned drafter (--spec-drafter)")
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.learned.head.named_parameters()}
+
+    def drafter_target(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(embedding, output rows) that the head drafts with. RuntimeError where the rows are not at hand."""
+        model = self.runner.get_model()
+        embedding = model.model.embed_tokens.weight
+        if self.learned is not None and self.learned.output_weight is not None:
+            return embedding, self.learned.output_weight
+        if self.learned is None or not model.config.tie_word_embeddings:
+            raise RuntimeError("a head that drafts all tokens of an untied output layer has no rows at hand")
+        return embedding, embedding
+
+    def hidden_state_samples(self) -> list[HiddenStateSample]:
+        """Of finished responses, oldest first."""
+        return list(self.buffer)
 
     @property
     def drafter_version(self) -> int:

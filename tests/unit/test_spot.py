@@ -1,0 +1,208 @@
+"""The protocol of idle ranks: every interleaving of four ranks, states and transitions, what is trained on.
+
+Real processes, failures and delays: tests/distributed/test_spot_ranks.py.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.unit.drafter_cases import make_sample, make_target, make_trainer
+from tlt.config import DrafterConfig, SpotConfig
+from tlt.drafter.learner import HeadLearner
+from tlt.spot.board import TailBoard
+from tlt.spot.rank_state import TRANSITIONS, Event, Rank, RankState
+from tlt.spot.training import split
+
+
+class Counters:
+    """A store of one process."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, int] = {}
+
+    def add(self, key: str, amount: int) -> int:
+        self.values[key] = self.values.get(key, 0) + amount
+        return self.values[key]
+
+
+def test_whatever_the_table_does_not_list_is_refused():
+    for state in RankState:
+        for event in Event:
+            rank = Rank()
+            rank.state = state
+            if (state, event) in TRANSITIONS:
+                rank.on(event)
+                assert rank.state is TRANSITIONS[state, event]
+            else:
+                with pytest.raises(RuntimeError, match=state.value):
+                    rank.on(event)
+
+
+def test_from_every_state_a_rank_can_come_back():
+    ways: dict[RankState, set[RankState]] = {state: set() for state in RankState}
+    for (state, _), target in TRANSITIONS.items():
+        ways[state].add(target)
+    for state in RankState:
+        found, frontier = set(), {state}
+        while frontier:
+            found |= frontier
+            frontier = set().union(*(ways[each] for each in frontier)) - found
+        assert RankState.BACK in found, state
+
+
+class Walk:
+    """Ranks that take one step at a time, in any order, with the product's own board and states.
+
+    A rank's steps are those of `SpotTraining.use_tail`: its rollout ends and it writes so; it looks at the board; it
+    makes a micro-step, which may raise; it looks again; it leaves.
+    """
+
+    def __init__(self, world_size: int):
+        self.store = Counters()
+        self.boards = [TailBoard(self.store, world_size=world_size) for _ in range(world_size)]
+        self.ranks = [Rank() for _ in range(world_size)]
+        self.steps_after_drain = [0] * world_size
+        for board, rank in zip(self.boards, self.ranks, strict=True):
+            rank.on(Event.NEXT_ROLLOUT)
+            board.begin()
+
+    def key(self) -> tuple:
+        return (*(rank.state for rank in self.ranks), *self.steps_after_drain, *self.store.values.values())
+
+    def choices(self, index: int) -> list[str]:
+        return {
+            RankState.ROLLOUT: ["end"], RankState.IDLE: ["look", "leave"], RankState.TRAINING: ["step", "raise"],
+            RankState.FAILED: ["leave"], RankState.BACK: [],
+        }[self.ranks[index].state]  # fmt: skip
+
+    def take(self, index: int, choice: str) -> None:
+        rank, board = self.ranks[index], self.boards[index]
+        if choice == "end":
+            rank.on(Event.OWN_ROLLOUT_ENDED)
+            board.ended()
+        elif choice == "look":
+            rank.on(Event.LEFT_TAIL if board.all_ended() else Event.TRAINING_BEGAN)
+        elif choice == "step":
+            self.steps_after_drain[index] += board.all_ended()
+            if board.all_ended():  # asked after every micro-step
+                rank.on(Event.TRAINING_ENDED)
+        elif choice == "raise":
+            rank.on(Event.TRAINER_RAISED)
+        else:
+            rank.on(Event.LEFT_TAIL)
+
+
+def replayed(path: tuple[tuple[int, str], ...], world_size: int) -> Walk:
+    walk = Walk(world_size)
+    for index, choice in path:
+        walk.take(index, choice)
+    return walk
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_interleaving_ends_with_all_ranks_back(world_size):
+    seen, ends = set(), 0
+    frontier: list[tuple[tuple[int, str], ...]] = [()]
+    while frontier:
+        path = frontier.pop()
+        walk = replayed(path, world_size)
+        if walk.key() in seen:
+            continue
+        seen.add(walk.key())
+        # Training never outlives the drain: after the last rollout ended no rank makes a second micro-step.
+        assert max(walk.steps_after_drain) <= 1, path
+        moves = [(index, choice) for index in range(world_size) for choice in walk.choices(index)]
+        # No deadlock: whoever is not back can always move, whatever the others do.
+        assert all(walk.choices(index) or rank.state is RankState.BACK for index, rank in enumerate(walk.ranks))
+        if not moves:
+            ends += 1
+            assert {rank.state for rank in walk.ranks} == {RankState.BACK}, path
+        frontier += [(*path, move) for move in moves]
+    assert ends >= 1
+    assert len(seen) >= 3**world_size
+
+
+def test_rollouts_have_counters_of_their_own():
+    store = Counters()
+    boards = [TailBoard(store, world_size=2) for _ in range(2)]
+    for _ in range(3):
+        for board in boards:
+            board.begin()
+        boards[0].ended()
+        assert not boards[0].all_ended()
+        boards[1].ended()
+        assert boards[0].all_ended()
+        assert boards[1].all_ended()
+
+
+def test_old_samples_are_left_and_held_out_ones_are_never_trained_on():
+    samples = [replace(make_sample(10, 3, seed=index), policy_version=index // 4) for index in range(24)]
+    data = split(samples, newest=5, config=SpotConfig(max_age=2, held_out_every=4))
+    assert {sample.policy_version for sample in data.train} == {3, 4, 5}
+    assert len(data.held_out) == 3
+    assert len(data.train) == 9
+    ids = [{sample.request_id for sample in part} for part in (data.train, data.held_out)]
+    assert not ids[0] & ids[1]
+
+
+def make_learner(seed: int = 1) -> HeadLearner:
+    target = make_target()
+    return HeadLearner(
+        make_trainer().head, DrafterConfig(starts_per_step=16, warmup_steps=0, num_depths=3), seed=seed,
+        temperature=0.8, target=lambda: (target.embedding, target.output_weight),
+    )  # fmt: skip
+
+
+SAMPLES = [make_sample(14, 3, seed=seed) for seed in range(6)]
+
+
+def trained(num_steps: int, seed: int = 1) -> HeadLearner:
+    learner, count = make_learner(seed), []
+    learner.train(SAMPLES, should_stop=lambda: len(count) >= num_steps, on_step=lambda: count.append(1))
+    assert learner.trainer.num_steps == num_steps
+    return learner
+
+
+def test_weights_become_the_mean_of_the_ranks_by_their_steps():
+    learners = [trained(3, seed=1), trained(1, seed=2), make_learner()]
+    with torch.no_grad():
+        for parameter in learners[2].trainer.parameters.values():
+            parameter.fill_(float("nan"))  # a rank whose trainer failed
+    weights = (0.75, 0.25, 0.0)
+    expected = {
+        name: 0.75 * learners[0].trainer.parameters[name].detach() + 0.25 * parameter.detach()
+        for name, parameter in learners[1].trainer.parameters.items()
+    }
+    parts: list[torch.Tensor] = []
+    for learner, weight in zip(learners, weights, strict=True):
+        learner.average(lambda flat: (parts.append(flat), flat)[1], weight=weight)
+    total = sum(parts)
+    for learner in learners:
+        learner.average(lambda flat: total, weight=1.0)
+        for name, parameter in learner.trainer.parameters.items():
+            torch.testing.assert_close(parameter.detach(), expected[name])
+
+
+def test_a_score_is_the_expected_number_of_accepted_tokens_and_rises_with_training():
+    learner = make_learner()
+    live = learner.published()
+    same = learner.scores(SAMPLES, live=live)
+    assert float(same[0]) == pytest.approx(float(same[1]))
+    assert int(same[2]) == sum(len(sample.token_ids) - 2 - (sample.num_prompt_tokens - 1) for sample in SAMPLES)
+    assert 0 < float(same[0] / same[2]) < learner.trainer.config.num_depths
+    better = trained(60)
+    found = better.scores(SAMPLES, live=live)
+    assert float(found[0]) == pytest.approx(float(same[0]), rel=1e-4)
+    assert float(found[1]) > 1.1 * float(found[0])
+    before = {name: parameter.detach().clone() for name, parameter in better.trainer.parameters.items()}
+    better.scores(SAMPLES, live=live)
+    assert all(torch.equal(before[name], p.detach()) for name, p in better.trainer.parameters.items())
+
+
+def test_nothing_to_train_on_returns_at_once():
+    make_learner().train(
+        [make_sample(3, 3, seed=0)], should_stop=lambda: pytest.fail("asked although there is nothing"),
+        on_step=lambda: pytest.fail("a step on nothing"),
+    )  # fmt: skip

@@ -1,0 +1,30 @@
+"""Training of the drafter on ranks that idle in a rollout's tail."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tlt.config.requirement import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpotConfig:
+    """Flags --spot-*: ranks whose replica is done train the drafter until the last replica is."""
+
+    training: Literal["off", "on"] = "off"
+    """`on` needs --spec-drafter, --spec-hidden-states-mib and --rollout-tensor-parallel-size 1."""
+    lr: float = 3e-4
+    """Learning rate of AdamW: the head is good already and follows the policy; --drafter-lr is for a head from
+    nothing."""
+    max_age: int = 2
+    """Policy versions that a hidden state may be older than the newest: its targets are read out with today's LM
+    head."""
+    held_out_every: int = 8
+    """One response in so many is never trained on and judges new weights against those that draft."""
+    min_steps: int = 1
+    """Optimizer steps, over all ranks, below which nothing is published."""
+
+    def __post_init__(self):
+        require(self.lr > 0, "--spot-lr", self.lr, "above 0")
+        require(self.max_age >= 0, "--spot-max-age", self.max_age, "at least 0")
+        require(self.held_out_every >= 2, "--spot-held-out-every", self.held_out_every, "at least 2")
+        require(self.min_steps >= 1, "--spot-min-steps", self.min_steps, "at least 1")

@@ -1,0 +1,104 @@
+"""A head that follows its policy: trained between meetings of ranks, averaged at them, judged against the live one."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from tlt.config.drafter import DrafterConfig
+from tlt.drafter.batch import pack, whole
+from tlt.drafter.model import EagleHead
+from tlt.drafter.trainer import DrafterTrainer, Target
+from tlt.drafter.unroll import unroll
+from tlt.types import HiddenStateSample
+
+
+class HeadLearner:
+    """`target()` gives the policy's embedding [V, H] and the output rows [V_draft, H] that drafts are read out with,
+    as they are now."""
+
+    def __init__(
+        self, head: EagleHead, config: DrafterConfig, *, target: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        temperature: float, seed: int,
+    ):  # fmt: skip
+        self.target = target
+        self.temperature = temperature
+        self.trainer = DrafterTrainer(head, config, target=self._target(), seed=seed)
+
+    def _target(self) -> Target:
+        embedding, output_weight = self.target()
+        # An engine's tensors are inference tensors, which autograd may not keep: the rows are copied.
+        return Target(
+            embedding=embedding, output_weight=output_weight.float().clone(), temperature=self.temperature
+        )  # fmt: skip
+
+    def train(
+        self, samples: Sequence[HiddenStateSample], *, should_stop: Callable[[], bool], on_step: Callable[[], None]
+    ) -> None:
+        """Passes over the samples until `should_stop()`, asked after every micro-step; `on_step` is called after each
+        optimizer step. Returns at once where no sample is long enough."""
+        pieces = [piece for piece in map(whole, samples) if piece.num_starts > 0]
+        if not pieces:
+            return
+        self.trainer.renew_target(self._target())
+        while not should_stop():
+            self.trainer.train(
+                pieces, progress=lambda: 0.0, should_stop=should_stop, on_step=lambda metrics: on_step()
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def average(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], *, weight: float) -> None:
+        """Weights and their running average become the mean over ranks; this rank's count `weight`, all together 1.
+
+        Collective over the ranks that `sum_over_ranks` sums over.
+        """
+        tensors = [*self.trainer.parameters.values(), *self.trainer.average.values()]
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        # A rank that counts for nothing may hold anything, NaN included.
+        flat = flat * weight if weight > 0 else torch.zeros_like(flat)
+        for tensor, mean in zip(
+            tensors, sum_over_ranks(flat).split([tensor.numel() for tensor in tensors]), strict=True
+        ):
+            tensor.copy_(mean.view_as(tensor))
+
+    @torch.no_grad()
+    def scores(self, samples: Sequence[HiddenStateSample], *, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[3] float64: accepted tokens that sampled drafts of the live weights, and of those that would be published,
+        are expected to have, summed over drafts (the sum over depths of the product of 1 - TV(p, q)); number of
+        drafts."""
+        found = torch.zeros(3, dtype=torch.float64)
+        pieces = [piece for piece in map(whole, samples) if piece.num_starts > 0]
+        if not pieces:
+            return found
+        self.trainer.renew_target(self._target())
+        for index, tensors in enumerate((live, self.published())):
+            for piece in pieces:
+                found[index] += self._expected(piece, tensors)
+        found[2] = sum(piece.num_starts for piece in pieces)
+        return found
+
+    def _expected(self, piece, tensors: Mapping[str, torch.Tensor]) -> float:
+        """Expected accepted tokens of drafts that begin at a piece's starts."""
+        trainer = self.trainer
+        batch = pack([piece], num_depths=trainer.config.num_depths, device=trainer.target.output_weight.device)
+        own = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+        self._hold(tensors)
+        depths = unroll(trainer.head, batch, trainer.target.embedding, num_depths=trainer.config.num_depths)
+        self._hold(own)
+        weight, temperature = trainer.target.output_weight, self.temperature
+        stands, total = torch.ones(len(batch.starts)), 0.0
+        for depth in depths:
+            p, q = (
+                (hidden @ weight.T / temperature).softmax(1)
+                for hidden in (batch.target_hidden_states[depth.rows], depth.output)
+            )
+            stands[depth.starts] *= torch.minimum(p, q).sum(1).cpu()
+            total += float(stands[depth.starts].sum())
+        return total
+
+    def _hold(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.trainer.parameters.items():
+            parameter.copy_(tensors[name])
+
+    def published(self) -> dict[str, torch.Tensor]:
+        """Weights to draft with."""
+        return self.trainer.published()

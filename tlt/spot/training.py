@@ -1,0 +1,148 @@
+"""Idle ranks train the drafter: each on its own until the last replica is done, then all weights become one.
+
+Between two meetings of all ranks, which every rollout has anyway, a rank trains alone on the hidden states of its own
+replica's responses (local SGD: Stich, arXiv 1805.09767); at the meeting the weights are averaged, each counting its
+optimizer steps. So no collective runs while anyone decodes, membership needs no agreement, ranks may join at any time,
+and one that is drained, slow or broken holds no one up: it is back within one micro-step, or counts for nothing.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tlt.config import SpotConfig
+from tlt.parallel import Parallel
+from tlt.protocols import DrafterLearner, RolloutEngine
+from tlt.spot.board import TailBoard
+from tlt.spot.rank_state import Event, Rank, RankState
+from tlt.trace import Trace
+from tlt.types import HiddenStateSample, TailReport
+
+logger = logging.getLogger(__name__)
+
+
+class NoSpotTraining:
+    """Idle ranks wait."""
+
+    def begin(self) -> None:
+        """Nothing to prepare."""
+
+    def use_tail(self) -> TailReport:
+        """Nothing is done."""
+        return TailReport()
+
+    def publish(self) -> dict[str, float]:
+        """Nothing is published."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a rank's buffer holds for it."""
+
+    train: list[HiddenStateSample]
+    held_out: list[HiddenStateSample]
+
+
+def split(samples: Sequence[HiddenStateSample], *, newest: int, config: SpotConfig) -> Data:
+    """Samples that are young enough; every n-th of the buffer judges. A function of the buffer alone."""
+    young = [sample for sample in samples if sample.policy_version >= newest - config.max_age]
+    every = config.held_out_every
+    return Data(
+        train=[sample for index, sample in enumerate(young) if index % every != every - 1],
+        held_out=[sample for index, sample in enumerate(young) if index % every == every - 1],
+    )
+
+
+class SpotTraining:
+    """Of one rank. `learner` is the head's trainer, the same weights on all ranks whenever they meet."""
+
+    def __init__(
+        self, learner: DrafterLearner, engine: RolloutEngine, board: TailBoard, parallel: Parallel, *,
+        config: SpotConfig, is_stopped: Callable[[], bool], trace: Trace,
+    ):  # fmt: skip
+        self.learner = learner
+        self.engine = engine
+        self.board = board
+        self.parallel = parallel
+        self.config = config
+        self.is_stopped = is_stopped
+        self.trace = trace
+        self.rank = Rank()
+        self.has_failed = False
+        self.num_steps = 0
+        """Since the last meeting."""
+
+    def begin(self) -> None:
+        """A rollout of the world begins."""
+        self.rank.on(Event.NEXT_ROLLOUT)
+        self.board.begin()
+
+    def use_tail(self) -> TailReport:
+        """This rank's replica is done: train until the others' are. Returns within one micro-step of that, or at once
+        where there is nothing to train on; the rank then waits where ranks meet."""
+        begin_s = time.time()
+        self.rank.on(Event.OWN_ROLLOUT_ENDED)
+        self.board.ended()
+        num_before = self.num_steps
+        if not self.has_failed and not self._is_over():
+            self._train()
+        report = TailReport(
+            train_s=time.time() - begin_s if self.num_steps > num_before else 0.0,
+            num_steps=self.num_steps - num_before, has_failed=self.has_failed, back_s=time.time(),
+        )  # fmt: skip
+        self.rank.on(Event.LEFT_TAIL)
+        return report
+
+    def _train(self) -> None:
+        data = split(
+            self.engine.hidden_state_samples(), newest=self.engine.policy_version, config=self.config
+        )  # fmt: skip
+        if not data.train:
+            return
+        self.rank.on(Event.TRAINING_BEGAN)
+        with self.trace.span("spot_training", num_samples=len(data.train)):
+            try:
+                self.learner.train(data.train, should_stop=self._is_over, on_step=self._count)
+            except Exception:
+                # The one place where a failure is survived: speculation is never needed for a right result.
+                logger.exception("training of the drafter failed on rank %d; it goes on without", self.parallel.rank)
+                self.has_failed = True
+                self.num_steps = 0
+        self.rank.on(Event.TRAINER_RAISED if self.has_failed else Event.TRAINING_ENDED)
+
+    def _count(self) -> None:
+        self.num_steps += 1
+
+    def _is_over(self) -> bool:
+        return self.board.all_ended() or self.is_stopped()
+
+    def publish(self) -> dict[str, float]:
+        """Make one head of all ranks' and let it draft if it is better than the one that does. Collective over all
+        ranks; all must call, after they met."""
+        assert self.rank.state is RankState.BACK, "the rank still trains"
+        own = torch.tensor([float(self.num_steps), float(self.has_failed)], dtype=torch.float64)
+        num_steps, num_failed = self.parallel.sum(own).tolist()
+        metrics = {"spot/steps": num_steps, "spot/failed_ranks": num_failed, "spot/published": 0.0}
+        if num_steps < self.config.min_steps:
+            return metrics
+        with self.trace.span("spot_publish"):
+            self.learner.average(self.parallel.sum, weight=self.num_steps / num_steps)
+            self.num_steps = 0
+            data = split(self.engine.hidden_state_samples(), newest=self.engine.policy_version, config=self.config)
+            scores = self.parallel.sum(
+                self.learner.scores(data.held_out, live=self.engine.drafter_tensors())
+            )  # [3] live, candidate, drafts
+            if scores[2] == 0:
+                return metrics
+            live, candidate = (scores[:2] / scores[2]).tolist()
+            metrics |= {"spot/live_score": live, "spot/candidate_score": candidate}
+            if candidate > live:
+                # A replica that withdrew a head on its own is ahead of the others.
+                versions = self.parallel.all_gather_objects(self.engine.drafter_version)
+                self.engine.load_drafter(self.learner.published(), drafter_version=max(versions) + 1)
+                metrics["spot/published"] = 1.0
+        return metrics
