@@ -22,6 +22,7 @@ from tlt.config import SpecConfig
 from tlt.rollout.vllm import sampling as engine_sampling
 from tlt.rollout.vllm.ledger import Proposal
 from tlt.rollout.vllm.routing import OneForAll
+from tlt.spec.cost_model import Prices
 from tlt.spec.strategy import FixedStrategy, parse_strategy
 from tlt.types import OFF, SamplingConfig
 
@@ -115,6 +116,8 @@ def _distributions(rank: int, world_size: int, folder: Path, head: Path, num: in
         "both": (eagle, Alternating(), {"eagle", "guess"}),
         "adaptive": (FixedStrategy(parse_strategy("adaptive:3", "test")), own, {"eagle", "suffix"}),
     }  # fmt: skip
+    # Drafts are free, so that the router always drafts; what it chooses must not matter.
+    speculation.costs.prices = lambda *_: Prices(step_s=1.0, token_s=0.0, pass_s={}, row_s={})
     for name, sampling in SAMPLINGS.items():
         for seed in seeds:
             speculation.policy = FixedStrategy(OFF)
@@ -127,9 +130,10 @@ def _distributions(rank: int, world_size: int, folder: Path, head: Path, num: in
                 assert not is_rejected(plain, drafted), (kind, name, seed)
                 stats = engine.stats().acceptance
                 used = {drafter for drafter in stats if stats[drafter].num_drafts}
-                # The adaptive router drafts where it pays, not with all that it has.
-                assert used == drafters or (kind == "adaptive" and used and used < drafters), (kind, name, used)
-                assert all(sum(stats[drafter].accepted) >= num // 100 for drafter in used), (kind, name)
+                assert used == drafters, (kind, name, used)
+                accepted = [sum(stats[drafter].accepted) for drafter in used]
+                # The router may leave one of its drafters little to do.
+                assert (sum(accepted) if kind == "adaptive" else min(accepted)) >= num // 100, (kind, name)
             speculation.drafting.router = own
 
     # A test that cannot fail shows nothing.
