@@ -4,6 +4,7 @@ Groups without a prefix use Megatron's own flag names and meanings.
 """
 
 from tlt.config.checks import check, check_policy_layout, read_hf_config
+from tlt.config.drafter import DrafterConfig
 from tlt.config.policy import ModelConfig, OptimizerConfig
 from tlt.config.requirement import require
 from tlt.config.rl import RLConfig
@@ -14,6 +15,7 @@ from tlt.config.training import DataConfig, EvalConfig, RewardConfig, TrainingCo
 
 __all__ = [
     "DataConfig",
+    "DrafterConfig",
     "EvalConfig",
     "ModelConfig",
     "OptimizerConfig",

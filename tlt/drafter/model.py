@@ -24,9 +24,12 @@ from tlt.config.architecture import head_dim, rope_parameters
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q [T, heads, D], k and v [T, key-value heads, D]) -> [T, heads, D]: over packed sequences, or an engine's cache."""
 
+Rows = torch.Tensor
+"""[N] int64: rows of T."""
+
 WEIGHTS = "model.safetensors"
 DRAFT_TOKEN_IDS = "draft_token_ids"
-"""Tensor [V_draft] int64 of the directory: tokens that may be drafted; without it all may."""
+"""List in config.json: tokens that may be drafted; without it all may. Not a tensor, which stock vLLM would refuse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +106,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, rotary: Rotary, cos: torch.Tensor, sin: torch.Tensor, attend: Attend):
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, rows: slice | Rows
+    ) -> torch.Tensor:
         q, k, v = (
-            project(x).unflatten(-1, (-1, self.shape.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(inputs).unflatten(-1, (-1, self.shape.head_dim))
+            for project, inputs in ((self.q_proj, x[rows]), (self.k_proj, x), (self.v_proj, x))
         )
-        return self.o_proj(attend(rotary(q, cos, sin), rotary(k, cos, sin), v).flatten(1))
+        return self.o_proj(attend(rotary(q, cos[rows], sin[rows]), rotary(k, cos, sin), v).flatten(1))
 
 
 class MLP(nn.Module):
@@ -130,8 +136,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = MLP(shape)
 
-    def forward(self, x: torch.Tensor, rotary: Rotary, cos: torch.Tensor, sin: torch.Tensor, attend: Attend):
-        x = x + self.self_attn(x, rotary, cos, sin, attend)
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, rows: slice | Rows
+    ) -> torch.Tensor:
+        x = x[rows] + self.self_attn(x, rotary, cos, sin, attend, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -152,11 +160,15 @@ class EagleHead(nn.Module):
         hidden_states: torch.Tensor,  # [T, H] of the target at t, after its final norm, or this head's own
         position_ids: torch.Tensor,  # [T]: t
         attend: Attend,
+        rows: Rows | None = None,
     ) -> torch.Tensor:
-        """[T, H]: what takes the place of the target's hidden state at t + 1."""
+        """[T, H]: what takes the place of the target's hidden state at t + 1; of `rows` [N] only where given, [N, H].
+
+        Other rows then give keys and values alone, a fifth of the work; `attend` gets the queries of `rows`.
+        """
         x = self.fc(torch.cat([embeddings, hidden_states], dim=-1))
         cos, sin = self.rotary.cos[position_ids, None], self.rotary.sin[position_ids, None]
-        return self.layers[0](x, self.rotary, cos, sin, attend)
+        return self.layers[0](x, self.rotary, cos, sin, attend, slice(None) if rows is None else rows)
 
 
 def initialize(head: EagleHead, *, seed: int, hidden_std: float = 1.0, embedding_std: float = 1.0) -> None:
@@ -177,17 +189,18 @@ def initialize(head: EagleHead, *, seed: int, hidden_std: float = 1.0, embedding
 
 
 def save_head(head: EagleHead, folder: Path, *, target_config: dict) -> None:
-    """Write a Hugging Face directory that stock vLLM loads with method `eagle` where all tokens may be drafted."""
+    """Write a Hugging Face directory that stock vLLM loads with method `eagle`, which drafts over all tokens: those
+    that this head may not draft too."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in head.state_dict().items()}
-    if head.draft_token_ids is not None:
-        tensors[DRAFT_TOKEN_IDS] = head.draft_token_ids.cpu()
     config = {
         **asdict(head.shape), "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1,
         "vocab_size": target_config["vocab_size"], "hidden_act": "silu", "tie_word_embeddings": False,
         "rope_theta": head.shape.rope_parameters["rope_theta"],
         "dtype": str(next(head.parameters()).dtype).removeprefix("torch."),
     }  # fmt: skip
+    if head.draft_token_ids is not None:
+        config[DRAFT_TOKEN_IDS] = head.draft_token_ids.tolist()
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     partial = folder / (WEIGHTS + ".tmp")
     save_file(tensors, partial)
@@ -204,9 +217,9 @@ def load_head(folder: Path, *, flag: str, target_config: dict, dtype: torch.dtyp
             f"{flag} {folder}: its hidden size {config['hidden_size']} is not the target's "
             f"({target_config['hidden_size']})"
         )
-    tensors = read_tensors(folder)
-    head = EagleHead(HeadShape.of_target(config), draft_token_ids=tensors.pop(DRAFT_TOKEN_IDS, None))
-    missing, unexpected = head.load_state_dict(tensors, strict=False)
+    ids = config.get(DRAFT_TOKEN_IDS)
+    head = EagleHead(HeadShape.of_target(config), draft_token_ids=None if ids is None else torch.tensor(ids))
+    missing, unexpected = head.load_state_dict(read_tensors(folder), strict=False)
     if missing or unexpected:
         raise ValueError(f"{flag} {folder}: weights missing {missing}, not of an EAGLE head {unexpected}")
     return head.to(dtype).requires_grad_(False)

@@ -1,0 +1,235 @@
+"""Trains an EAGLE head in short micro-steps that can stop at any time; data parallel over the ranks that are given.
+
+Lifecycle, per optimizer step: 1. micro-steps, each a forward and backward over some pieces, gradients summed;
+2. one all-reduce of gradients, loss sums and the wish to stop; 3. AdamW, average of weights. What stops between
+micro-steps is taken up at the same optimizer step, so an interrupted training ends as one that was not. The policy is
+read only: its embedding and output rows come from outside, in no optimizer and without a gradient.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from tlt.config.drafter import DrafterConfig
+from tlt.drafter.batch import DrafterBatch, Piece, micro_batches, pack, shuffled_steps
+from tlt.drafter.losses import LossWeights, drafter_loss, target_distribution
+from tlt.drafter.model import EagleHead
+from tlt.drafter.unroll import Depth, unroll
+
+FIRST_MICRO_STEP_STARTS = 128
+"""Until the first micro-step was timed."""
+MIN_MICRO_STEP_STARTS = 16
+"""Below this a micro-step's fixed costs prevail; an interruption waits for these at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a drafter reads of its target: the policy's own memory or copies, never written to, without gradient."""
+
+    embedding: torch.Tensor  # [V, H], of any dtype
+    output_weight: torch.Tensor  # [V_draft, H] float32: rows of the LM head in the order of the head's draft_token_ids
+    temperature: float
+    """That responses are sampled at."""
+
+    def __post_init__(self):
+        for name in ("embedding", "output_weight"):
+            object.__setattr__(self, name, getattr(self, name).detach())
+
+
+class DrafterTrainer:
+    """Owns a head in float32 and its optimizer; `group`: ranks that train together and make the same calls."""
+
+    def __init__(
+        self, head: EagleHead, config: DrafterConfig, *, target: Target, seed: int,
+        group: dist.ProcessGroup | None = None,
+    ):  # fmt: skip
+        self.head = head.float().requires_grad_(True)
+        self.config = config
+        self.target = target
+        self.seed = seed
+        self.group = group
+        self.num_steps = 0
+        self.num_passes = 0
+        """The pass over all pieces that is under way."""
+        self.num_steps_in_pass = 0
+        self.micro_step_starts = FIRST_MICRO_STEP_STARTS
+        self.parameters = dict(self.head.named_parameters())
+        self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay,
+            fused=True,
+        )  # fmt: skip
+        self.loss_weights = LossWeights(
+            cross_entropy=config.cross_entropy_weight, hidden=config.hidden_weight,
+            total_variation=config.total_variation_weight, decay=config.depth_decay,
+        )  # fmt: skip
+
+    def renew_target(self, target: Target) -> None:
+        """The policy moved."""
+        self.target = target
+
+    def train(
+        self, pieces: Sequence[Piece], *, progress: Callable[[], float],
+        should_stop: Callable[[], bool] = lambda: False,
+        on_step: Callable[[Mapping[str, float]], None] = lambda metrics: None,
+    ) -> None:  # fmt: skip
+        """Passes over all pieces until `progress()` reaches 1 or `should_stop()`.
+
+        `progress` is the share done, which sets the learning rate; it is asked once before each optimizer step and
+        must return the same on all ranks. Any rank may stop all: alone at once after a micro-step, dropping what the
+        optimizer step had gathered; in a group at the end of the optimizer step. Collective over the group.
+        """
+        if not any(piece.num_starts for piece in pieces):
+            raise ValueError("there is nothing to train on: no response has two tokens")
+        steps = self._steps(pieces)
+        while (done := progress()) < 1:
+            metrics = self.step(next(steps), lr_scale=self.lr_scale(done), should_stop=should_stop)
+            if not metrics:
+                return
+            self.num_steps_in_pass += 1
+            on_step(metrics)
+            if metrics["stop"]:
+                return
+
+    def _steps(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+        """Pieces of one optimizer step after another, without end, from where the training stands."""
+        while True:
+            steps = shuffled_steps(
+                pieces, starts_per_step=self.config.starts_per_step, seed=self.seed + self.num_passes
+            )
+            yield from itertools.islice(steps, self.num_steps_in_pass, None)
+            self.num_passes, self.num_steps_in_pass = self.num_passes + 1, 0
+
+    def lr_scale(self, done: float) -> float:
+        """Linear warm-up, then cosine decay over the share done."""
+        warmup = min((self.num_steps + 1) / max(self.config.warmup_steps, 1), 1.0)
+        least = self.config.min_lr_frac
+        return warmup * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+    def step(
+        self, pieces: Sequence[Piece], *, lr_scale: float = 1.0, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """One optimizer step; means of its metrics. {} if stopped before its end: then nothing was changed.
+
+        Collective over the group; all ranks must call, with pieces of their own.
+        """
+        begin_s = time.perf_counter()
+        sums: dict[str, torch.Tensor] = {}
+        for micro in micro_batches(pieces, self.micro_step_starts):
+            for name, value in self.micro_step(micro).items():
+                sums[name] = sums[name] + value if name in sums else value
+            if self.group is None and should_stop():
+                self.optimizer.zero_grad(set_to_none=True)
+                return {}
+        sums["stop"] = torch.tensor(float(should_stop()))
+        sums = self._reduce(sums)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_grad)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * lr_scale
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_steps += 1
+        self._average_weights()
+        weight, stop = sums.pop("weight"), sums.pop("stop")
+        return {
+            **{name: value if name == "starts" else value / weight for name, value in sums.items()},
+            "grad_norm": float(norm), "lr": self.config.lr * lr_scale, "stop": stop,
+            "step_s": time.perf_counter() - begin_s,
+        }  # fmt: skip
+
+    def micro_step(self, pieces: Sequence[Piece]) -> dict[str, torch.Tensor]:
+        """Forward and backward over these pieces; gradients add up until `step` ends. Sums of the metrics."""
+        begin_s = time.perf_counter()
+        batch = pack(pieces, num_depths=self.config.num_depths, device=self.target.output_weight.device)
+        loss, sums = self.loss(batch)
+        loss.backward()
+        self._adapt(len(batch.starts), time.perf_counter() - begin_s)
+        return sums
+
+    def loss(self, batch: DrafterBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(weighted sum over starts and depths, its parts): one read-out of all depths, the target's once."""
+        depths = unroll(
+            self.head, batch, self.target.embedding, num_depths=self.config.num_depths, deep=self._deep(batch)
+        )
+        rows = torch.cat([depth.rows for depth in depths])
+        weights = batch.weights[rows] * self._depth_weights(depths)
+        target = target_distribution(
+            batch.target_hidden_states, self.target.output_weight, temperature=self.target.temperature
+        )
+        losses, parts = drafter_loss(
+            torch.cat([depth.output for depth in depths]), batch.target_hidden_states[rows], target[rows],
+            self.target.output_weight, temperature=self.target.temperature, weights=self.loss_weights,
+        )  # fmt: skip
+        loss = (losses * weights).sum()
+        sums = {name: (part * weights).sum() for name, part in parts.items()}
+        starts = torch.tensor(float(len(batch.starts)))
+        return loss, {"loss": loss.detach(), "weight": weights.sum(), "starts": starts, **sums}
+
+    def _depth_weights(self, depths: Sequence[Depth]) -> torch.Tensor:
+        weights = [self.config.depth_decay**index for index in range(len(depths))]
+        counts = torch.tensor([len(depth.rows) for depth in depths])
+        return torch.repeat_interleave(torch.tensor(weights), counts).to(depths[0].output.device)
+
+    def _deep(self, batch: DrafterBatch) -> torch.Tensor | None:
+        """[N] bool: starts to go on from, others in each pass; a function of the position and the pass."""
+        if self.config.deep_frac == 1:
+            return None
+        position = batch.row_position_ids[batch.start_rows].double()
+        golden = 0.6180339887498949  # multiples of it modulo 1 are spread evenly, so a share of any stretch is taken
+        return ((position + self.num_passes * 0.37) * golden) % 1.0 < self.config.deep_frac
+
+    def _adapt(self, num_starts: int, seconds: float) -> None:
+        """Size of the next micro-steps, by how long this one took; half way, since times scatter."""
+        wanted = num_starts * self.config.micro_step_ms / 1e3 / seconds
+        size = int((self.micro_step_starts + wanted) / 2)
+        self.micro_step_starts = min(max(size, MIN_MICRO_STEP_STARTS), self.config.starts_per_step)
+
+    def _reduce(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Sums over the group; gradients become those of the mean by weight. Collective over the group."""
+        parameters = list(self.parameters.values())
+        values = torch.stack([value.to(parameters[0]) for value in sums.values()])
+        flat = torch.cat([*(parameter.grad.flatten() for parameter in parameters), values])
+        if self.group is not None:
+            dist.all_reduce(flat, group=self.group)
+        *gradients, values = flat.split([*(parameter.numel() for parameter in parameters), len(values)])
+        reduced = dict(zip(sums, values.tolist(), strict=True))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.view_as(parameter).div_(max(reduced["weight"], 1e-12))
+        return reduced
+
+    @torch.no_grad()
+    def _average_weights(self) -> None:
+        # At first the average forgets faster: it must not hold on to random weights.
+        decay = min(self.config.ema_decay, self.num_steps / (self.num_steps + 10))
+        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+
+    def published(self) -> dict[str, torch.Tensor]:
+        """Weights to draft with, under the names of the head's parameters: the average, in memory of its own."""
+        return {name: tensor.clone() for name, tensor in self.average.items()}
+
+    def state_dict(self) -> dict:
+        """Head, average, optimizer and counters: what a resumed training needs. The policy's weights are not in it."""
+        return {
+            "head": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "counters": [self.num_steps, self.num_passes, self.num_steps_in_pass, self.micro_step_starts],
+            "seed": self.seed,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping) -> None:
+        """Take the place of what is held."""
+        for own, found in ((self.parameters, state["head"]), (self.average, state["average"])):
+            if set(own) != set(found):
+                raise ValueError(f"the drafter's checkpoint holds {sorted(found)}, the head has {sorted(own)}")
+            for name, tensor in own.items():
+                tensor.copy_(found[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.num_steps, self.num_passes, self.num_steps_in_pass, self.micro_step_starts = state["counters"]
+        self.seed = state["seed"]
