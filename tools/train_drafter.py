@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
 
-ROUND_FACTOR = 4
+ROUND_FACTOR = 2
 """Requests of one round of generation for each that runs at a time: the last ones of a round run alone."""
 
 
