@@ -29,8 +29,8 @@ class SampledText:
     """A response as its engine drew it."""
 
     sample: HiddenStateSample
-    seed: int
-    """Of the request: coupled drafts race with the numbers that drew the text."""
+    seed: int | None = None
+    """Of the request: coupled drafts race with the numbers that drew the text; None leaves them out."""
 
 
 @dataclass(kw_only=True)
@@ -103,7 +103,10 @@ def evaluate(
             found.standing_sum[depth] += float(drafts.ratios[: depth + 1].prod(0).sum())
         num_tokens = len(text.sample.token_ids)
         cap = num_tokens if max_response_tokens is None else text.sample.num_prompt_tokens + max_response_tokens
-        for stats, stands in ((found.one_hot, drafts.one_hot), (found.coupled, drafts.coupled)):
+        kinds = [(found.one_hot, drafts.one_hot)]
+        if text.seed is not None:
+            kinds.append((found.coupled, drafts.coupled))
+        for stats, stands in kinds:
             walk(stats, stands, first=piece.first + 2, num_tokens=num_tokens, cap=cap)
     return found
 
@@ -142,8 +145,9 @@ class _Drafts:
             position = batch.row_position_ids[depth.rows] + 2  # of the token that is drafted
             token = text.sample.token_ids.long()[position]
             self.one_hot[depth.starts, index] = ids[probs.argmax(1)] == token
-            drawn = race(probs, [text.seed] * len(position), position.tolist(), stream=TOKEN, token_ids=ids)
-            self.coupled[depth.starts, index] = ids[drawn] == token
+            if text.seed is not None:
+                drawn = race(probs, [text.seed] * len(position), position.tolist(), stream=TOKEN, token_ids=ids)
+                self.coupled[depth.starts, index] = ids[drawn] == token
             column = torch.searchsorted(ids, token).clamp(max=len(ids) - 1)
             q, p = (x.gather(1, column[:, None]).squeeze(1) for x in (probs, target_probs[depth.rows]))
             ratio = (q / p.clamp(min=1e-12)).clamp(max=1)
