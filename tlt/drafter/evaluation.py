@@ -29,8 +29,8 @@ class SampledText:
     """A response as its engine drew it."""
 
     sample: HiddenStateSample
-    seed: int
-    """Of the request: coupled drafts race with the numbers that drew the text."""
+    seed: int | None = None
+    """Of the request: coupled drafts race with the numbers that drew the text; None leaves them out."""
 
 
 @dataclass(kw_only=True)
@@ -43,6 +43,24 @@ class HeldOutAcceptance:
     overlap_sum: list[float] = field(default_factory=list)  # [K]
     standing_sum: list[float] = field(default_factory=list)  # [K]
     num_texts: int = 0
+
+    def add(self, other: "HeldOutAcceptance") -> None:
+        """Other texts."""
+        self.one_hot.add(other.one_hot)
+        self.coupled.add(other.coupled)
+        for name in ("num_starts", "overlap_sum", "standing_sum"):
+            sums = [a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)]
+            setattr(self, name, sums)
+        self.num_texts += other.num_texts
+
+    def report(self) -> dict[str, dict]:
+        """Acceptance length, and the share of drafts of which at least the first d tokens stand, of each kind."""
+        walked = {
+            name: {"length": stats.acceptance_length, "rates": [n / max(stats.num_drafts, 1) for n in stats.accepted]}
+            for name, stats in (("one-hot", self.one_hot), ("coupled", self.coupled))
+        }
+        sampled = {"length": self.sampled_length, "rates": self.sampled_rates(), "overlap": self.overlap()}
+        return {**walked, "sampled": sampled}
 
     def overlap(self) -> list[float]:
         """[K] 1 - TV(p, q) at each depth, all tokens before being the text's: E[min(1, q / p)] over the text.
@@ -85,7 +103,10 @@ def evaluate(
             found.standing_sum[depth] += float(drafts.ratios[: depth + 1].prod(0).sum())
         num_tokens = len(text.sample.token_ids)
         cap = num_tokens if max_response_tokens is None else text.sample.num_prompt_tokens + max_response_tokens
-        for stats, stands in ((found.one_hot, drafts.one_hot), (found.coupled, drafts.coupled)):
+        kinds = [(found.one_hot, drafts.one_hot)]
+        if text.seed is not None:
+            kinds.append((found.coupled, drafts.coupled))
+        for stats, stands in kinds:
             walk(stats, stands, first=piece.first + 2, num_tokens=num_tokens, cap=cap)
     return found
 
@@ -124,8 +145,9 @@ class _Drafts:
             position = batch.row_position_ids[depth.rows] + 2  # of the token that is drafted
             token = text.sample.token_ids.long()[position]
             self.one_hot[depth.starts, index] = ids[probs.argmax(1)] == token
-            drawn = race(probs, [text.seed] * len(position), position.tolist(), stream=TOKEN, token_ids=ids)
-            self.coupled[depth.starts, index] = ids[drawn] == token
+            if text.seed is not None:
+                drawn = race(probs, [text.seed] * len(position), position.tolist(), stream=TOKEN, token_ids=ids)
+                self.coupled[depth.starts, index] = ids[drawn] == token
             column = torch.searchsorted(ids, token).clamp(max=len(ids) - 1)
             q, p = (x.gather(1, column[:, None]).squeeze(1) for x in (probs, target_probs[depth.rows]))
             ratio = (q / p.clamp(min=1e-12)).clamp(max=1)

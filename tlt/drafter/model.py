@@ -29,7 +29,7 @@ Rows = torch.Tensor
 
 WEIGHTS = "model.safetensors"
 DRAFT_TOKEN_IDS = "draft_token_ids"
-"""Tensor [V_draft] int64 of the directory: tokens that may be drafted; without it all may."""
+"""List in config.json: tokens that may be drafted; without it all may. Not a tensor, which stock vLLM would refuse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,17 +189,18 @@ def initialize(head: EagleHead, *, seed: int, hidden_std: float = 1.0, embedding
 
 
 def save_head(head: EagleHead, folder: Path, *, target_config: dict) -> None:
-    """Write a Hugging Face directory that stock vLLM loads with method `eagle` where all tokens may be drafted."""
+    """Write a Hugging Face directory that stock vLLM loads with method `eagle`, which drafts over all tokens: those
+    that this head may not draft too."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in head.state_dict().items()}
-    if head.draft_token_ids is not None:
-        tensors[DRAFT_TOKEN_IDS] = head.draft_token_ids.cpu()
     config = {
         **asdict(head.shape), "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1,
         "vocab_size": target_config["vocab_size"], "hidden_act": "silu", "tie_word_embeddings": False,
         "rope_theta": head.shape.rope_parameters["rope_theta"],
         "dtype": str(next(head.parameters()).dtype).removeprefix("torch."),
     }  # fmt: skip
+    if head.draft_token_ids is not None:
+        config[DRAFT_TOKEN_IDS] = head.draft_token_ids.tolist()
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     partial = folder / (WEIGHTS + ".tmp")
     save_file(tensors, partial)
@@ -216,9 +217,9 @@ def load_head(folder: Path, *, flag: str, target_config: dict, dtype: torch.dtyp
             f"{flag} {folder}: its hidden size {config['hidden_size']} is not the target's "
             f"({target_config['hidden_size']})"
         )
-    tensors = read_tensors(folder)
-    head = EagleHead(HeadShape.of_target(config), draft_token_ids=tensors.pop(DRAFT_TOKEN_IDS, None))
-    missing, unexpected = head.load_state_dict(tensors, strict=False)
+    ids = config.get(DRAFT_TOKEN_IDS)
+    head = EagleHead(HeadShape.of_target(config), draft_token_ids=None if ids is None else torch.tensor(ids))
+    missing, unexpected = head.load_state_dict(read_tensors(folder), strict=False)
     if missing or unexpected:
         raise ValueError(f"{flag} {folder}: weights missing {missing}, not of an EAGLE head {unexpected}")
     return head.to(dtype).requires_grad_(False)

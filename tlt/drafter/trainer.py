@@ -6,9 +6,10 @@ micro-steps is taken up at the same optimizer step, so an interrupted training e
 read only: its embedding and output rows come from outside, in no optimizer and without a gradient.
 """
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,7 @@ class DrafterTrainer:
         self.group = group
         self.num_steps = 0
         self.num_passes = 0
-        """Passes over all pieces that are complete."""
+        """The pass over all pieces that is under way."""
         self.num_steps_in_pass = 0
         self.micro_step_starts = FIRST_MICRO_STEP_STARTS
         self.parameters = dict(self.head.named_parameters())
@@ -79,26 +80,29 @@ class DrafterTrainer:
     ) -> None:  # fmt: skip
         """Passes over all pieces until `progress()` reaches 1 or `should_stop()`.
 
-        `progress` is the share done, which sets the learning rate; it is asked before each optimizer step and must
-        return the same on all ranks. Any rank may stop all: alone at once after a micro-step, dropping what the
+        `progress` is the share done, which sets the learning rate; it is asked once before each optimizer step and
+        must return the same on all ranks. Any rank may stop all: alone at once after a micro-step, dropping what the
         optimizer step had gathered; in a group at the end of the optimizer step. Collective over the group.
         """
-        while progress() < 1:
+        if not any(piece.num_starts for piece in pieces):
+            raise ValueError("there is nothing to train on: no response has two tokens")
+        steps = self._steps(pieces)
+        while (done := progress()) < 1:
+            metrics = self.step(next(steps), lr_scale=self.lr_scale(done), should_stop=should_stop)
+            if not metrics:
+                return
+            self.num_steps_in_pass += 1
+            on_step(metrics)
+            if metrics["stop"]:
+                return
+
+    def _steps(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+        """Pieces of one optimizer step after another, without end, from where the training stands."""
+        while True:
             steps = shuffled_steps(
                 pieces, starts_per_step=self.config.starts_per_step, seed=self.seed + self.num_passes
             )
-            for index, chosen in enumerate(steps):
-                if index < self.num_steps_in_pass:
-                    continue
-                done = progress()
-                if done >= 1:
-                    return
-                metrics = self.step(chosen, lr_scale=self.lr_scale(done), should_stop=should_stop)
-                if metrics:
-                    self.num_steps_in_pass = index + 1
-                    on_step(metrics)
-                if not metrics or metrics["stop"]:
-                    return
+            yield from itertools.islice(steps, self.num_steps_in_pass, None)
             self.num_passes, self.num_steps_in_pass = self.num_passes + 1, 0
 
     def lr_scale(self, done: float) -> float:

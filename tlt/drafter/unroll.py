@@ -3,7 +3,7 @@
 A draft that begins at t reads the target's hidden state there; its second token reads the head's output in the place
 of the hidden state at t + 1, and so on, and attends to the keys of verified positions up to t and to those of its own
 earlier tokens. Without this in training acceptance falls from the second draft token on (training-time test: EAGLE-3,
-arXiv 2503.01840; harmonised context: HASS, arXiv 2408.15766). Text is the sampled one: a deeper token is drafted only
+arXiv 2503.01840; harmonised context: arXiv 2408.15766). Text is the sampled one: a deeper token is drafted only
 where all before it are what was sampled, or it is of no use.
 
 Depths after the first may be trained at a share of the starts: they cost as much each, and teach much the same.
