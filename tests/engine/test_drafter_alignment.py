@@ -154,7 +154,7 @@ def _aligned(rank: int, world_size: int, folder: Path, head: Path, out: Path) ->
 
     learned.drafts = "one-hot"
     before = len(speculation.buffer)
-    generate(engine, other, replace(SAMPLING, temperature=0.0), group_size=1)
+    generate(engine, other, replace(SAMPLING, temperature=0.01), group_size=1)  # greedy text itself is not recorded
     trained = load_head(head, flag="test", target_config=config, dtype=torch.float32)
     trained.load_state_dict(trainer.published())
     save_head(trained, out / "head", target_config=config)

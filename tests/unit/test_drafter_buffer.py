@@ -24,7 +24,7 @@ LENGTHS = [4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 20, 22, 30, 50, 70, 90]
 
 
 def filled(max_bytes: int = 10**9, version: int = 1) -> HiddenStateBuffer:
-    buffer = HiddenStateBuffer(max_bytes)
+    buffer = HiddenStateBuffer(max_bytes, max_age=1)
     for index, length in enumerate(LENGTHS):
         buffer.add(sample(length, version, index))
     return buffer
@@ -53,7 +53,7 @@ def test_long_responses_come_from_the_version_before_until_the_present_ones_end(
     assert lengths_of(buffer.training_samples(seed=1), 1) == [], "all classes are full of new ones"
 
 
-def test_versions_before_the_last_are_dropped():
+def test_versions_that_are_too_old_are_dropped():
     buffer = filled(version=1)
     buffer.add(sample(5, 2))
     buffer.add(sample(5, 3))
@@ -62,6 +62,11 @@ def test_versions_before_the_last_are_dropped():
     assert len(buffer) == 2
     assert buffer.num_dropped == 1
     assert buffer.num_bytes == sum(map(num_bytes, buffer))
+    every = HiddenStateBuffer(10**9)
+    for version in (1, 5, 2):
+        every.add(sample(5, version))
+    assert [s.policy_version for s in every] == [1, 2, 5]
+    assert [s.policy_version for s in every.training_samples(seed=1)] == [5], "the one before has no longer ones"
 
 
 def test_a_full_buffer_keeps_its_bound_and_its_long_responses():

@@ -74,7 +74,7 @@ def test_a_pass_has_every_start_once_however_it_is_cut():
 
 def test_every_depth_is_what_drafting_token_by_token_gives():
     trainer, num_depths = make_trainer(), 4
-    pieces = [part for piece in PIECES for part in cut(piece, 8)]
+    pieces = [part for piece in PIECES[:3] for part in cut(piece, 8)]
     batch = pack(pieces, num_depths=num_depths)
     starts = [(piece.sample, start) for piece in pieces for start in range(piece.first, piece.end)]
     deep = torch.rand(len(starts), generator=torch.Generator().manual_seed(0)) < 0.7

@@ -18,14 +18,15 @@ NUM_STRATA = 4
 
 
 class HiddenStateBuffer:
-    """Keeps two policy versions, the newest and the one before it; a buffer of 0 bytes keeps nothing.
+    """A buffer of 0 bytes keeps nothing. Policy versions more than `max_age` before the newest leave; None keeps all.
 
-    Where `max_bytes` is reached, samples leave the older version first and the fullest length class of it, so that
+    Where `max_bytes` is reached, samples leave the oldest version first and the fullest length class of it, so that
     the long responses, of which there are few, stay.
     """
 
-    def __init__(self, max_bytes: int):
+    def __init__(self, max_bytes: int, *, max_age: int | None = None):
         self.max_bytes = max_bytes
+        self.max_age = max_age
         self.num_bytes = 0
         self.num_dropped = 0
         """Left for lack of room."""
@@ -40,18 +41,22 @@ class HiddenStateBuffer:
     def add(self, sample: HiddenStateSample) -> None:
         """Keep a sample; one that is larger than the whole buffer is dropped and counted, as is a too old one."""
         version, size = sample.policy_version, num_bytes(sample)
-        if size > self.max_bytes or len([v for v in self._samples if v > version]) >= 2:
+        newest = max([version, *self._samples])
+        if size > self.max_bytes or self._is_old(version, newest):
             self.num_dropped += 1
             return
         self._samples.setdefault(version, []).append(sample)
         lengths = self._lengths.setdefault(version, [])
         lengths.insert(bisect_right(lengths, len(sample.token_ids)), len(sample.token_ids))
         self.num_bytes += size
-        for old in sorted(self._samples)[:-2]:
+        for old in [one for one in self._samples if self._is_old(one, newest)]:
             self.num_bytes -= sum(num_bytes(one) for one in self._samples.pop(old))
             del self._lengths[old]
         while self.num_bytes > self.max_bytes:
             self._drop_one()
+
+    def _is_old(self, version: int, newest: int) -> bool:
+        return self.max_age is not None and version < newest - self.max_age
 
     def _drop_one(self) -> None:
         version = min(version for version, samples in self._samples.items() if samples)
