@@ -38,6 +38,16 @@ class SamplingConfig:
     ignore_eos: bool = False
 
 
+def rollout_name(prompt_id: str, sample_index: int) -> str:
+    """Of one response of a prompt; what requests, drafts and hidden states are told apart by."""
+    return f"{prompt_id}#{sample_index}"
+
+
+def prompt_id_of(name: str) -> str:
+    """Prompt of a rollout's name."""
+    return name.rpartition("#")[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpecStrategy:
     """How one engine step's drafts are made; equal on all ranks of a replica."""

@@ -196,12 +196,12 @@ def generate(args: argparse.Namespace, setup: Setup, engine, begin_s: float) -> 
 
     from tlt.drafter.evaluation import SampledText
     from tlt.spec.randomness import request_seed
-    from tlt.types import SamplingConfig
+    from tlt.types import SamplingConfig, prompt_id_of, rollout_name
 
     sampling = SamplingConfig(temperature=args.temperature, max_response_tokens=args.max_tokens)
     held_out = setup.stream.next_batch(args.held_out_prompts)
     asked = {prompt.text for prompt in held_out}
-    held_ids = {f"{prompt.prompt_id}#0" for prompt in held_out}
+    held_ids = {rollout_name(prompt.prompt_id, 0) for prompt in held_out}
     num_tokens, prompts, round_s = 0.0, held_out, 0.0
     while True:
         round_begin_s = time.perf_counter()
@@ -222,7 +222,7 @@ def generate(args: argparse.Namespace, setup: Setup, engine, begin_s: float) -> 
         raise ValueError(f"--hidden-states-mib {args.hidden_states_mib} is too little: samples were dropped")
     samples = [sample for sample in buffer if sample.request_id not in held_ids]
     texts = [
-        SampledText(sample=sample, seed=request_seed(args.seed, sample.request_id.rpartition("#")[0], 0))
+        SampledText(sample=sample, seed=request_seed(args.seed, prompt_id_of(sample.request_id), 0))
         for sample in buffer if sample.request_id in held_ids
     ]  # fmt: skip
     return samples, texts

@@ -44,7 +44,7 @@ def check(config: RunConfig, *, world_size: int, hf_config: dict) -> None:
             f"at most the model's context of {context} tokens",
         )
         context = rollout.max_model_len
-    check_spot(config, hf_config=hf_config)
+    check_spot(config)
     require(
         config.rl.overlong_buffer_tokens < rollout.max_response_tokens,
         "--rl-overlong-buffer-tokens",
@@ -59,7 +59,7 @@ def check(config: RunConfig, *, world_size: int, hf_config: dict) -> None:
     )
 
 
-def check_spot(config: RunConfig, *, hf_config: dict) -> None:
+def check_spot(config: RunConfig) -> None:
     """What training of the drafter on idle ranks needs."""
     if config.spot.training == "off":
         return

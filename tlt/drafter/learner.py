@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from tlt.config.drafter import DrafterConfig
-from tlt.drafter.batch import pack, whole
+from tlt.drafter.batch import Piece, pack, whole
+from tlt.drafter.losses import target_distribution
 from tlt.drafter.model import EagleHead
 from tlt.drafter.trainer import DrafterTrainer, Target
 from tlt.drafter.unroll import unroll
@@ -40,7 +41,7 @@ class HeadLearner:
         if not pieces:
             return
         self.trainer.renew_target(self._target())
-        while not should_stop():
+        if not should_stop():
             self.trainer.train(
                 pieces, progress=lambda: 0.0, should_stop=should_stop, on_step=lambda metrics: on_step()
             )  # fmt: skip
@@ -70,28 +71,25 @@ class HeadLearner:
         if not pieces:
             return found
         self.trainer.renew_target(self._target())
+        own = {name: parameter.clone() for name, parameter in self.trainer.parameters.items()}
         for index, tensors in enumerate((live, self.published())):
-            for piece in pieces:
-                found[index] += self._expected(piece, tensors)
+            self._hold(tensors)
+            found[index] = sum(self._expected(piece) for piece in pieces)
+        self._hold(own)
         found[2] = sum(piece.num_starts for piece in pieces)
         return found
 
-    def _expected(self, piece, tensors: Mapping[str, torch.Tensor]) -> float:
-        """Expected accepted tokens of drafts that begin at a piece's starts."""
-        trainer = self.trainer
-        batch = pack([piece], num_depths=trainer.config.num_depths, device=trainer.target.output_weight.device)
-        own = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
-        self._hold(tensors)
-        depths = unroll(trainer.head, batch, trainer.target.embedding, num_depths=trainer.config.num_depths)
-        self._hold(own)
-        weight, temperature = trainer.target.output_weight, self.temperature
+    def _expected(self, piece: Piece) -> float:
+        """Expected accepted tokens of drafts of the present weights that begin at a piece's starts."""
+        target, num_depths = self.trainer.target, self.trainer.config.num_depths
+        batch = pack([piece], num_depths=num_depths, device=target.output_weight.device)
+        target_probs = target_distribution(
+            batch.target_hidden_states, target.output_weight, temperature=self.temperature
+        ).probs
         stands, total = torch.ones(len(batch.starts)), 0.0
-        for depth in depths:
-            p, q = (
-                (hidden @ weight.T / temperature).softmax(1)
-                for hidden in (batch.target_hidden_states[depth.rows], depth.output)
-            )
-            stands[depth.starts] *= torch.minimum(p, q).sum(1).cpu()
+        for depth in unroll(self.trainer.head, batch, target.embedding, num_depths=num_depths):
+            draft_probs = (depth.output @ target.output_weight.T / self.temperature).softmax(1)
+            stands[depth.starts] *= torch.minimum(target_probs[depth.rows], draft_probs).sum(1).cpu()
             total += float(stands[depth.starts].sum())
         return total
 

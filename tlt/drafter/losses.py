@@ -14,7 +14,7 @@ from torch.nn.functional import smooth_l1_loss
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Of the terms at every depth; depth d counts `decay` ** (d - 1), since it matters only if all before it stood."""
+    """Of the terms, the same at every depth."""
 
     cross_entropy: float = 1.0
     """Soft cross-entropy on the target's distribution (EAGLE, arXiv 2401.15077; TLT, arXiv 2511.16665)."""
@@ -23,7 +23,6 @@ class LossWeights:
     hidden: float = 0.1
     """Smooth L1 on the hidden state that the output stands for, mean over H (EAGLE and TLT: 1.0 beside 0.1 of the
     cross-entropy)."""
-    decay: float = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)

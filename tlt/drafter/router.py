@@ -130,7 +130,7 @@ class DraftRouter:
         self.step += 1
         if not candidates:
             return []
-        self.prices, self.price, self.is_probe = prices, 0.0, is_probe(self.step)
+        self.prices, self.is_probe = prices, is_probe(self.step)
         worth = {SUFFIX: self._suffix_worth(candidates)} | {
             name: self._learned_worth(name, candidates) for name in self.learned
         }
@@ -215,7 +215,11 @@ class DraftRouter:
             confidence[row, :count] = candidate.probs[:count]
         matches = np.array([candidate.match_length for candidate in candidates])
         kinds = match_kinds(matches[:, None] + np.arange(width))
-        return self._cumulative(SUFFIX, candidates, kinds, confidence) * (confidence > 0)
+        stands = np.empty(confidence.shape)
+        for kind in {candidate.is_random for candidate in candidates}:
+            rows = np.array([candidate.is_random == kind for candidate in candidates])
+            stands[rows] = self.calibrations[SUFFIX, kind].estimate(kinds[rows], confidence[rows])
+        return self._chained(SUFFIX, candidates, stands) * (confidence > 0)
 
     def _learned_worth(self, name: str, candidates: Sequence[Candidate]) -> np.ndarray:
         """[B, K] the same of a head that has not drafted yet, by its depths."""
@@ -226,31 +230,26 @@ class DraftRouter:
             for kind in {candidate.is_random for candidate in candidates}
         }
         stands = np.stack([rates[candidate.is_random] for candidate in candidates])
-        stands = np.minimum(stands * self._factors(name, candidates)[:, None], 0.999)
         room = np.array([candidate.room for candidate in candidates])
-        return np.cumprod(stands, axis=1) * (np.arange(width) < room[:, None])
+        return self._chained(name, candidates, stands) * (np.arange(width) < room[:, None])
 
-    def _cumulative(
-        self, name: str, candidates: Sequence[Candidate], kinds: np.ndarray, confidence: np.ndarray
-    ) -> np.ndarray:
-        stands = np.empty(confidence.shape)
-        for kind in {candidate.is_random for candidate in candidates}:
-            rows = np.array([candidate.is_random == kind for candidate in candidates])
-            stands[rows] = self.calibrations[name, kind].estimate(kinds[rows], confidence[rows])
-        return np.cumprod(np.minimum(stands * self._factors(name, candidates)[:, None], 0.999), axis=1)
-
-    def _factors(self, name: str, candidates: Sequence[Candidate]) -> np.ndarray:
-        """[B] trust in a drafter for each request."""
-        return np.array([self.factor(name, candidate.name, candidate.group) for candidate in candidates])
+    def _chained(self, name: str, candidates: Sequence[Candidate], stands: np.ndarray) -> np.ndarray:
+        """[B, K] that a token and all before it stand, from [B, K] that it does if they do, before trust."""
+        factors = np.array([self.factor(name, candidate.name, candidate.group) for candidate in candidates])
+        return np.cumprod(trusted(stands, factors[:, None]), axis=1)
 
     def factor(self, drafter: str, request: str, group: str) -> float:
         """How a request kept to what was expected of a drafter's tokens; at first as its group did, and that as its
         data source."""
         factor = 1.0
-        for table, name in ((self.sources, source_of(group)), (self.groups, group), (self.requests, request)):
+        for table, name in self._levels(request, group):
             if (drafter, name) in table:
                 factor = table[drafter, name].factor(factor)
         return factor
+
+    def _levels(self, request: str, group: str) -> tuple[tuple[dict[tuple[str, str], Trust], str], ...]:
+        """Tables of trust and the name in each, from the one that knows least of the request."""
+        return (self.sources, source_of(group)), (self.groups, group), (self.requests, request)
 
     def goes_on(
         self, name: str, depth: int, standing: np.ndarray, is_random: np.ndarray, factors: np.ndarray
@@ -261,8 +260,8 @@ class DraftRouter:
             return np.full(len(standing), depth < PROBE_TOKENS)
         kind = min(depth, NUM_DEPTHS - 1)
         rate = [self.depth_rates[name, one].table()[kind, 0] for one in (False, True)]
-        worth = standing * np.minimum(np.where(is_random, rate[1], rate[0]) * factors, 0.999)
-        net = worth - self.rate * (self.prices.token_s + self.prices.row_s.get(name, 0.0))
+        worth = standing * trusted(np.where(is_random, rate[1], rate[0]), factors)
+        net = worth - self.rate * self._row_s(name)
         wants = net > 0
         if net[wants].sum() <= self.rate * self.prices.pass_s.get(name, 0.0):
             wants[:] = False
@@ -292,8 +291,13 @@ class DraftRouter:
             kinds = [min(step, NUM_DEPTHS - 1) for step in steps]
             self.depth_rates[drafter, is_random].observe(kinds, [0.0] * len(kinds), num_stood)
         expected = calibration.observe(kinds, confidences.tolist(), num_stood)
-        for table, name in ((self.sources, source_of(group)), (self.groups, group), (self.requests, request)):
+        for table, name in self._levels(request, group):
             table.setdefault((drafter, name), Trust()).count(expected, num_stood)
+
+
+def trusted(stands: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Probabilities that tokens stand, scaled by trust; never quite 1."""
+    return np.minimum(stands * factors, 0.999)
 
 
 def take(worth: np.ndarray, price: float, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

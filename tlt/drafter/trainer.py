@@ -66,7 +66,7 @@ class DrafterTrainer:
         )  # fmt: skip
         self.loss_weights = LossWeights(
             cross_entropy=config.cross_entropy_weight, hidden=config.hidden_weight,
-            total_variation=config.total_variation_weight, decay=config.depth_decay,
+            total_variation=config.total_variation_weight,
         )  # fmt: skip
 
     def renew_target(self, target: Target) -> None:
@@ -171,6 +171,7 @@ class DrafterTrainer:
         return loss, {"loss": loss.detach(), "weight": weights.sum(), "starts": starts, **sums}
 
     def _depth_weights(self, depths: Sequence[Depth]) -> torch.Tensor:
+        """A depth matters only if all before it stood."""
         weights = [self.config.depth_decay**index for index in range(len(depths))]
         counts = torch.tensor([len(depth.rows) for depth in depths])
         return torch.repeat_interleave(torch.tensor(weights), counts).to(depths[0].output.device)

@@ -56,14 +56,14 @@ class RolloutCollector:
                 groups = self.engine.generate(
                     prompts, sampling, group_size=group_size, seed=seed, on_finished=self.rewards.submit
                 )
-            end_s = time.time()
-            tail = self.tail.use_tail()
-            with self.trace.span("reward"):
-                groups = self.rewards.collect(groups) if self.engine.is_replica_leader else []
+            is_scored = self.engine.is_replica_leader
         except RolloutInterrupted:
             self.rewards.abandon()
-            groups, end_s = [], time.time()
-            tail = self.tail.use_tail()
+            groups, is_scored = [], False
+        end_s = time.time()
+        tail = self.tail.use_tail()
+        with self.trace.span("reward"):
+            groups = self.rewards.collect(groups) if is_scored else []
 
         has_rewards = self.engine.is_replica_leader and bool(groups)
         report = ReplicaReport(

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from statistics import median
 
 WINDOW = 15
@@ -32,28 +33,30 @@ class Curve:
     """Seconds by size: medians of bins, made to rise, linear between them."""
 
     _bins: dict[int, deque[tuple[int, float]]] = field(default_factory=dict)
-    _points: list[tuple[float, float]] = field(default_factory=list)
+    _points: list[tuple[float, float]] | None = None
+    """Made when they are asked for: every engine step is observed, and most strategies ask for no price."""
 
     def observe(self, size: int, seconds: float) -> None:
         self._bins.setdefault(bin_of(size), deque(maxlen=WINDOW)).append((size, seconds))
-        points = sorted(
-            (sum(size for size, _ in times) / len(times), median(seconds for _, seconds in times))
-            for times in self._bins.values()
-        )
-        self._points, highest = [], 0.0
-        for x, y in points:
-            highest = max(highest, y)
-            self._points.append((x, highest))
+        self._points = None
 
-    @property
-    def is_measured(self) -> bool:
-        return bool(self._points)
+    def _rising_points(self) -> list[tuple[float, float]]:
+        """(mean size, seconds) of each bin, by size."""
+        if self._points is None:
+            medians = sorted(
+                (sum(size for size, _ in times) / len(times), median(seconds for _, seconds in times))
+                for times in self._bins.values()
+            )
+            highest = accumulate((y for _, y in medians), max)
+            self._points = [(x, y) for (x, _), y in zip(medians, highest, strict=True)]
+        return self._points
 
     def seconds(self, size: float) -> float:
         """Of that size; beyond the largest measured one the line from the smallest goes on. 0 if nothing is known."""
-        if not self._points:
+        points = self._rising_points()
+        if not points:
             return 0.0
-        (first_x, first_y), (last_x, last_y) = self._points[0], self._points[-1]
+        (first_x, first_y), (last_x, last_y) = points[0], points[-1]
         if size <= first_x:
             return first_y
         if size >= last_x:
@@ -62,8 +65,8 @@ class Curve:
             else:
                 slope = last_y / (last_x + RIDGE_TOKENS)
             return last_y + slope * (size - last_x)
-        index = bisect_left(self._points, (size, 0.0))
-        (x0, y0), (x1, y1) = self._points[index - 1], self._points[index]
+        index = bisect_left(points, (size, 0.0))
+        (x0, y0), (x1, y1) = points[index - 1], points[index]
         return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
 
 

@@ -98,9 +98,7 @@ class SpotTraining:
         return report
 
     def _train(self) -> None:
-        data = split(
-            self.engine.hidden_state_samples(), newest=self.engine.policy_version, config=self.config
-        )  # fmt: skip
+        data = self._data()
         if not data.train:
             return
         self.rank.on(Event.TRAINING_BEGAN)
@@ -113,6 +111,9 @@ class SpotTraining:
                 self.has_failed = True
                 self.num_steps = 0
         self.rank.on(Event.TRAINER_RAISED if self.has_failed else Event.TRAINING_ENDED)
+
+    def _data(self) -> Data:
+        return split(self.engine.hidden_state_samples(), newest=self.engine.policy_version, config=self.config)
 
     def _count(self) -> None:
         self.num_steps += 1
@@ -132,9 +133,8 @@ class SpotTraining:
         with self.trace.span("spot_publish"):
             self.learner.average(self.parallel.sum, weight=self.num_steps / num_steps)
             self.num_steps = 0
-            data = split(self.engine.hidden_state_samples(), newest=self.engine.policy_version, config=self.config)
             scores = self.parallel.sum(
-                self.learner.scores(data.held_out, live=self.engine.drafter_tensors())
+                self.learner.scores(self._data().held_out, live=self.engine.drafter_tensors())
             )  # [3] live, candidate, drafts
             if scores[2] == 0:
                 return metrics

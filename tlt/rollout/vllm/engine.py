@@ -20,7 +20,7 @@ from tlt.rollout.vllm.drafting import NAME, SEED, speculative_config
 from tlt.rollout.vllm.speculation import SpecPlan, make_speculation
 from tlt.spec.lossless import refuse_lossy
 from tlt.spec.randomness import request_seed
-from tlt.types import EngineStats, HiddenStateSample, Prompt, Rollout, RolloutGroup, SamplingConfig
+from tlt.types import EngineStats, HiddenStateSample, Prompt, Rollout, RolloutGroup, SamplingConfig, rollout_name
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class VLLMRolloutEngine:
         waiting = {}
         for prompt in (own[index] for index in order):
             for sample in range(group_size):
-                request_id = f"{prompt.prompt_id}#{sample}"
+                request_id = rollout_name(prompt.prompt_id, sample)
                 if request_id in waiting:
                     raise RuntimeError(f"two prompts of one rollout have the id {prompt.prompt_id}")
                 waiting[request_id] = (prompt, sample)
@@ -184,7 +184,7 @@ class VLLMRolloutEngine:
         return [
             RolloutGroup(
                 prompt=prompt,
-                rollouts=tuple(finished[f"{prompt.prompt_id}#{sample}"] for sample in range(group_size)),
+                rollouts=tuple(finished[rollout_name(prompt.prompt_id, sample)] for sample in range(group_size)),
             )
             for prompt in own
         ]

@@ -18,6 +18,7 @@ from tlt.rollout.vllm.paged_attention import CpuPagedAttention, GatheredPagedAtt
 from tlt.rollout.vllm.token_pool import TokenPool
 from tlt.spec.race import race
 from tlt.spec.randomness import DRAFT, TOKEN
+from tlt.types import prompt_id_of
 
 OVERLAP_INTERVAL = 16
 """Draft passes between two whose probabilities are kept to measure 1 - TV(p, q)."""
@@ -41,8 +42,8 @@ class DraftRequest:
 
     @property
     def group(self) -> str:
-        """Id of its prompt: names are `<prompt>#<sample>`."""
-        return self.name.rpartition("#")[0]
+        """Id of its prompt."""
+        return prompt_id_of(self.name)
 
     def asking_for(self, num_draft_tokens: int) -> "DraftRequest":
         """The same request with fewer drafts."""

@@ -1,17 +1,17 @@
 """Routers inside the engine: one strategy for all requests, or for each request what pays for itself."""
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from tlt.drafter.router import Candidate, DraftRouter
-from tlt.rollout.vllm.learned_drafter import DraftRequest
+from tlt.drafter.router import Candidate, DraftRouter, trusted
+from tlt.rollout.vllm.learned_drafter import AsAsked, DraftLimit, DraftRequest, LearnedDrafter
 from tlt.rollout.vllm.ledger import Proposal
-from tlt.rollout.vllm.suffix_drafter import SuffixDrafter, group_of
+from tlt.rollout.vllm.suffix_drafter import SuffixDrafter
 from tlt.spec.cost_model import Prices
 from tlt.spec.strategy import ADAPTIVE
-from tlt.types import SpecStrategy
+from tlt.types import SpecStrategy, prompt_id_of
 
 NO_PRICES = Prices(step_s=0.0, token_s=0.0, pass_s={}, row_s={})
 
@@ -32,32 +32,38 @@ class OneForAll:
 
 
 class AdaptiveRouting:
-    """Asks the router where the strategy is `adaptive`; also the limit of the heads' drafts (`DraftLimit`)."""
+    """Asks the router where the strategy is `adaptive`; the heads' drafts then end where it says (`WorthLimit`)."""
 
-    def __init__(self, router: DraftRouter, suffix: SuffixDrafter, *, agree):
+    def __init__(
+        self, router: DraftRouter, suffix: SuffixDrafter, heads: Sequence[LearnedDrafter], *,
+        agree: Callable[[Any], Any],
+    ):  # fmt: skip
         self.router = router
         self.suffix = suffix
-        self.agree = agree
+        self.heads = heads
+        self.limits: dict[bool, DraftLimit] = {True: WorthLimit(router, agree=agree), False: AsAsked()}
         self.prices = NO_PRICES
-        self.is_routing = False
 
     def plan(self, requests: Sequence[DraftRequest], strategy: SpecStrategy) -> dict[str, list[DraftRequest]]:
-        self.is_routing = strategy.method == ADAPTIVE
-        if not self.is_routing:
-            return OneForAll().plan(requests, strategy)
-        asking = OneForAll().plan(requests, strategy)[ADAPTIVE]
-        found = self.suffix.look_up(asking)
+        is_adaptive = strategy.method == ADAPTIVE
+        for head in self.heads:
+            head.limit = self.limits[is_adaptive]
+        plan = OneForAll().plan(requests, strategy)
+        return self._routed(plan[ADAPTIVE]) if is_adaptive else plan
+
+    def _routed(self, requests: Sequence[DraftRequest]) -> dict[str, list[DraftRequest]]:
+        found = self.suffix.look_up(requests)
         candidates = [
             Candidate(
                 name=request.name, group=request.group, room=request.num_draft_tokens,
                 is_random=request.temperature > 0, match_length=found[request.request_id].match_length,
                 probs=found[request.request_id].probs,
             )
-            for request in asking
+            for request in requests
         ]  # fmt: skip
         plan: dict[str, list[DraftRequest]] = {}
         routes = self.router.plan(candidates, self.prices, num_running=len(candidates))
-        for request, route in zip(asking, routes, strict=True):
+        for request, route in zip(requests, routes, strict=True):
             if route is not None:
                 plan.setdefault(route.drafter, []).append(request.asking_for(route.num_draft_tokens))
         return plan
@@ -65,10 +71,18 @@ class AdaptiveRouting:
     def verified(self, proposal: Proposal, num_accepted: int) -> None:
         """Learn from a verification, whatever chose the draft."""
         self.router.verified(
-            proposal.drafter, request=proposal.request_name, group=group_of(proposal.request_name),
+            proposal.drafter, request=proposal.request_name, group=prompt_id_of(proposal.request_name),
             is_random=proposal.is_random, match_length=proposal.match_length, confidences=proposal.confidences,
             num_stood=num_accepted,
         )  # fmt: skip
+
+
+class WorthLimit:
+    """`DraftLimit` that ends a head's draft where one more token is not worth its price to the router."""
+
+    def __init__(self, router: DraftRouter, *, agree: Callable[[Any], Any]):
+        self.router = router
+        self.agree = agree
 
     def begin(self, name: str, requests: Sequence[DraftRequest]) -> None:
         """A head begins to draft; nothing is known of its tokens yet."""
@@ -79,19 +93,14 @@ class AdaptiveRouting:
         self._num_worth = np.zeros(len(requests), dtype=int)
 
     def goes_on(self, rows: np.ndarray, confidences: np.ndarray) -> np.ndarray:
-        if not self.is_routing:
-            return np.ones(len(rows), dtype=bool)
-        name, depth, is_random = self._name, self._depth, self._is_random[rows]
+        name, depth, is_random, factors = self._name, self._depth, self._is_random[rows], self._factors[rows]
         either = [self.router.stands(name, depth, one, confidences) for one in (False, True)]
-        stands = np.where(is_random, either[1], either[0])
-        self._standing[rows] *= np.minimum(stands * self._factors[rows], 0.999)
+        self._standing[rows] *= trusted(np.where(is_random, either[1], either[0]), factors)
         self._depth += 1
         is_worth = self.router.is_worth_verifying(self._standing[rows])
         self._num_worth[rows[is_worth]] = self._depth
-        goes_on = is_worth & self.router.goes_on(
-            name, self._depth, self._standing[rows], is_random, self._factors[rows]
-        )
+        goes_on = is_worth & self.router.goes_on(name, self._depth, self._standing[rows], is_random, factors)
         return np.array(self.agree(goes_on.tolist()))  # ranks of a replica may round differently
 
     def num_tokens(self, row: int, num_drafted: int) -> int:
-        return int(self._num_worth[row]) if self.is_routing else num_drafted
+        return int(self._num_worth[row])

@@ -32,6 +32,7 @@ from tlt.types import EngineStats, HiddenStateSample, Prompt
 logger = logging.getLogger(__name__)
 
 LEARNED = HEADS[0]
+NO_DRAFTER = "the engine was built without a learned drafter (--spec-drafter)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +103,15 @@ class NoSpeculation:
 
     def load_drafter(self, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
         """Refuses: there is none."""
-        raise RuntimeError("the engine was built without a learned drafter (--spec-drafter)")
+        raise RuntimeError(NO_DRAFTER)
 
     def drafter_tensors(self) -> dict[str, torch.Tensor]:
         """Refuses: there is none."""
-        raise RuntimeError("the engine was built without a learned drafter (--spec-drafter)")
+        raise RuntimeError(NO_DRAFTER)
 
     def drafter_target(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Refuses: there is none."""
-        raise RuntimeError("the engine was built without a learned drafter (--spec-drafter)")
+        raise RuntimeError(NO_DRAFTER)
 
     def hidden_state_samples(self) -> list[HiddenStateSample]:
         """None are kept."""
@@ -158,11 +159,10 @@ class Speculation:
         )  # fmt: skip
         self.costs = CostModel()
         self.router = DraftRouter(list(self.heads), max_draft_tokens=runner.num_spec_tokens)
-        self.routing = AdaptiveRouting(self.router, self.suffix, agree=agree)
+        self.routing = AdaptiveRouting(self.router, self.suffix, list(self.heads.values()), agree=agree)
         self.drafting.router = self.routing
         self.ledger.on_verified = self.routing.verified
         for name, learned in self.heads.items():
-            learned.limit = self.routing
             learned.on_pass = partial(self.costs.observe_pass, name)
         self.begin([])
 
@@ -237,7 +237,7 @@ class Speculation:
     def load_drafter(self, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
         """Swap the learned drafter's weights, between two engine steps, while requests run or not."""
         if self.learned is None:
-            raise RuntimeError("the engine was built without a learned drafter (--spec-drafter)")
+            raise RuntimeError(NO_DRAFTER)
         self.learned.load(tensors, version=version)
         self.watchdog.drafter_changed()
         self.router.drafter_changed(LEARNED)
@@ -250,7 +250,7 @@ class Speculation:
     def drafter_tensors(self) -> dict[str, torch.Tensor]:
         """Copies of the weights of the head that follows the policy. RuntimeError without one."""
         if self.learned is None:
-            raise RuntimeError("the engine was built without a learned drafter (--spec-drafter)")
+            raise RuntimeError(NO_DRAFTER)
         return {name: parameter.detach().cpu().clone() for name, parameter in self.learned.head.named_parameters()}
 
     def drafter_target(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from tlt.drafter.history import SuffixHistory
 from tlt.drafter.router import SUFFIX
 from tlt.rollout.vllm.learned_drafter import DraftRequest
 from tlt.rollout.vllm.ledger import Proposal
-from tlt.types import Prompt
+from tlt.types import Prompt, prompt_id_of
 
 if TYPE_CHECKING:
     from tlt.drafter.suffix_tree import Draft, SuffixTree
@@ -68,11 +68,11 @@ class SuffixDrafter:
 
     def finished(self, name: str, token_ids: Sequence[int]) -> None:
         """A request ended: its whole text stays for its siblings, should they ever ask."""
-        if group_of(name) not in self._trees:
-            self._finished.setdefault(group_of(name), {})[name] = token_ids
+        if prompt_id_of(name) not in self._trees:
+            self._finished.setdefault(prompt_id_of(name), {})[name] = token_ids
             return
         self._catch_up(name, np.asarray(token_ids))
-        self._trees[group_of(name)].end(name)
+        self._trees[prompt_id_of(name)].end(name)
 
     def forget(self, request_ids: Sequence[str]) -> None:
         """Nothing: a text stays true when its blocks are lost."""
@@ -90,17 +90,12 @@ class SuffixDrafter:
         return self._trees[group]
 
     def _catch_up(self, name: str, token_ids: np.ndarray) -> None:
-        tree, known = self._tree(group_of(name)), self._num_known.get(name)
+        tree, known = self._tree(prompt_id_of(name)), self._num_known.get(name)
         if known is None:
             tree.begin(name, after=PROMPT)
-            known = len(self._prompts[group_of(name)].token_ids)
+            known = len(self._prompts[prompt_id_of(name)].token_ids)
         tree.append(name, token_ids[known:])
         self._num_known[name] = len(token_ids)
-
-
-def group_of(request_name: str) -> str:
-    """Prompt of a request's name, `<prompt>#<sample>`."""
-    return request_name.rpartition("#")[0]
 
 
 def new_tree() -> "SuffixTree":
