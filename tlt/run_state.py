@@ -9,7 +9,6 @@ import dataclasses
 import fcntl
 import json
 import logging
-import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import TextIO
 
 import numpy as np
 
+from tlt.disk import flush_to_disk
 from tlt.drafter.history import SuffixHistory
 from tlt.parallel import Parallel
 from tlt.protocols import PolicyTrainer
@@ -151,22 +151,13 @@ class Checkpoints:
         (partial / STATE).write_text(json.dumps(record, indent=1))
         write_history(partial, self.history)
         for path in partial.iterdir():
-            _flush_to_disk(path)
+            flush_to_disk(path)
         shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from an earlier checkpoint
         partial.rename(final)
-        _flush_to_disk(self.folder)
+        flush_to_disk(self.folder)
         tracker = self.folder / (TRACKER + ".tmp")
         tracker.write_text(f"{state.iteration}\n")
         tracker.rename(self.folder / TRACKER)
         for _, path in complete_checkpoints(self.folder)[: -self.retain]:
             shutil.rmtree(path)
         logger.info("saved checkpoint %s", final)
-
-
-def _flush_to_disk(path: Path) -> None:
-    """fsync a file or a folder, so that a rename is not ordered before the data it renames."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

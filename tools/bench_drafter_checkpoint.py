@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
+from tools.random_drafter import make_sample, make_trainer  # noqa: E402
 
 
 def arguments() -> argparse.Namespace:
@@ -31,26 +32,12 @@ def arguments() -> argparse.Namespace:
 
 def make_states(model: str) -> tuple[dict, dict]:
     """(what is trained, that and what is frozen), after one optimizer step."""
-    import torch
-
-    from tlt.config import DrafterConfig, read_hf_config
     from tlt.drafter.batch import whole
-    from tlt.drafter.model import EagleHead, HeadShape, initialize
-    from tlt.drafter.trainer import DrafterTrainer, Target
-    from tlt.types import HiddenStateSample
 
-    config = read_hf_config(model)
-    head = EagleHead(HeadShape.of_target(config), draft_token_ids=torch.arange(512))
-    initialize(head, seed=1)
-    embedding = torch.randn(config["vocab_size"], config["hidden_size"])
-    target = Target(embedding=embedding, output_weight=embedding[:512], temperature=1.0)
-    trainer = DrafterTrainer(head, DrafterConfig(), target=target, seed=1)
-    sample = HiddenStateSample(
-        request_id="0", token_ids=torch.arange(64, dtype=torch.int32), num_prompt_tokens=8, policy_version=0,
-        last_hidden_states=torch.randn(63, config["hidden_size"]),
-    )  # fmt: skip
-    trainer.step([whole(sample)])
+    trainer = make_trainer(model)
+    trainer.step([whole(make_sample(8, 64, trainer.head.shape.hidden_size))])
     selective = trainer.state_dict()
+    embedding = trainer.target.embedding
     return selective, {**selective, "embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}
 
 

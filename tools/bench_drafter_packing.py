@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
+from tools.random_drafter import make_sample, make_trainer  # noqa: E402
 
 WAYS = ("packed", "padded starts", "padded")
 
@@ -49,32 +50,6 @@ def read_lengths(paths: Sequence[Path], prompt_tokens: int) -> list[tuple[int, i
     if not lengths:
         raise ValueError(f"--lengths {' '.join(map(str, paths))} hold no response")
     return lengths
-
-
-def make_trainer(model: str, num_depths: int):
-    import torch
-
-    from tlt.config import DrafterConfig, read_hf_config
-    from tlt.drafter.model import EagleHead, HeadShape, initialize
-    from tlt.drafter.trainer import DrafterTrainer, Target
-
-    config = read_hf_config(model)
-    head = EagleHead(HeadShape.of_target(config), draft_token_ids=torch.arange(512))
-    initialize(head, seed=1)
-    embedding = torch.randn(config["vocab_size"], config["hidden_size"])
-    target = Target(embedding=embedding, output_weight=embedding[:512], temperature=1.0)
-    return DrafterTrainer(head, DrafterConfig(num_depths=num_depths), target=target, seed=1)
-
-
-def make_sample(num_prompt_tokens: int, num_tokens: int, hidden_size: int):
-    import torch
-
-    from tlt.types import HiddenStateSample
-
-    return HiddenStateSample(
-        request_id="", token_ids=torch.randint(512, (num_tokens,), dtype=torch.int32), policy_version=0,
-        num_prompt_tokens=num_prompt_tokens, last_hidden_states=torch.randn(num_tokens - 1, hidden_size),
-    )  # fmt: skip
 
 
 def padded(samples: Sequence, *, whole_sequences: bool) -> list:
@@ -111,7 +86,7 @@ def main() -> int:
         print(f"bench_drafter_packing.py: error: {error}", file=sys.stderr)
         return 2
     torch.manual_seed(args.seed)
-    trainer = make_trainer(args.model, args.num_depths)
+    trainer = make_trainer(args.model, num_depths=args.num_depths)
     hidden_size = trainer.head.shape.hidden_size
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     starts: list[int] = []

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
+from tools.lone_engine import make_engine  # noqa: E402
 
 PLAIN = "plain"
 
@@ -78,8 +79,9 @@ def serve(rank: int, args: argparse.Namespace, kind: str, store: str, inbox, out
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
-    engine, sampling_class = make_engine(args, kind)
+    engine = engine_of(args, kind)
     from tlt.spec.policy import parse_policy
+    from tlt.types import SamplingConfig
 
     policies: dict = {}  # what one learned in a repetition it knows in the next
     outbox.put((rank, "ready", None))
@@ -89,7 +91,7 @@ def serve(rank: int, args: argparse.Namespace, kind: str, store: str, inbox, out
             if strategy not in policies:
                 policies[strategy], _ = parse_policy(strategy, "--strategies", seed=args.seed)
             engine.speculation.policy = policies[strategy]
-        sampling = sampling_class(temperature=workload.temperature, max_response_tokens=workload.max_tokens)
+        sampling = SamplingConfig(temperature=workload.temperature, max_response_tokens=workload.max_tokens)
         begin_s = time.perf_counter()
         groups = engine.generate(
             workload.prompts, sampling, group_size=workload.group_size, seed=seed, on_finished=lambda *_: None
@@ -98,28 +100,23 @@ def serve(rank: int, args: argparse.Namespace, kind: str, store: str, inbox, out
     engine.close()
 
 
-def make_engine(args: argparse.Namespace, kind: str):
+def engine_of(args: argparse.Namespace, kind: str):
     import torch
     from transformers import AutoTokenizer
 
     from tlt.build import stop_token_ids
     from tlt.config import RolloutConfig, SpecConfig, read_hf_config
-    from tlt.drafter.history import SuffixHistory
-    from tlt.rollout.vllm.engine import VLLMRolloutEngine
     from tlt.rollout.vllm.speculation import read_spec_plan
-    from tlt.types import SamplingConfig
 
     hf_config = read_hf_config(args.model)
     rollout = RolloutConfig(max_model_len=args.max_model_len, max_response_tokens=args.max_tokens)
     spec = SpecConfig() if kind == PLAIN else spec_config(args)
     plan = read_spec_plan(spec, target_config=hf_config, dtype=getattr(torch, args.dtype), tp_size=1)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    engine = VLLMRolloutEngine(
-        rollout, hf_model=args.model, dtype=args.dtype, seed=0,
-        stop_token_ids=stop_token_ids(Path(args.model), hf_config, tokenizer), decode=lambda ids: "",
-        should_stop=lambda: False, spec=plan, history=SuffixHistory(0),
+    return make_engine(
+        rollout, hf_model=args.model, dtype=args.dtype, plan=plan,
+        stop_token_ids=stop_token_ids(Path(args.model), hf_config, tokenizer),
     )  # fmt: skip
-    return engine, SamplingConfig
 
 
 def spec_config(args: argparse.Namespace):

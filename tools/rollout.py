@@ -11,11 +11,11 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
+from tools.lone_engine import make_engine, start_ranks  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,7 +46,7 @@ def read_prompts(args: argparse.Namespace, tokenizer, max_prompt_tokens: int) ->
     """Raises ValueError naming file and line."""
     from tlt.config import DataConfig
     from tlt.data.prompts import PromptBuilder
-    from tlt.data.source import Problem, numbered_lines, parse_question
+    from tlt.data.source import numbered_lines, unanswered
     from tlt.types import Prompt
 
     if not args.prompts.is_file():
@@ -60,9 +60,7 @@ def read_prompts(args: argparse.Namespace, tokenizer, max_prompt_tokens: int) ->
         if ids is not None:
             prompts.append(Prompt(prompt_id=where, source="prompts", token_ids=tuple(ids), text="", answer={}))
         else:
-            _, question, messages = parse_question(line, where)
-            problem = Problem(name=where, question=question, messages=messages, answer={})
-            prompts.append(builder.build(problem, "prompts"))
+            prompts.append(builder.build(unanswered(line, where, name=where), "prompts"))
         if not prompts[-1].token_ids or len(prompts[-1].token_ids) > max_prompt_tokens:
             raise ValueError(
                 f"{where}: {len(prompts[-1].token_ids)} tokens; 1 to {max_prompt_tokens} fit beside --max-tokens"
@@ -75,13 +73,10 @@ def read_prompts(args: argparse.Namespace, tokenizer, max_prompt_tokens: int) ->
 def build(args: argparse.Namespace):
     """(engine, prompts, SamplingConfig). Raises ValueError naming the flag before anything is loaded."""
     import torch
-    import torch.distributed as dist
     from transformers import AutoTokenizer
 
     from tlt.build import stop_token_ids
     from tlt.config import RolloutConfig, SpecConfig, read_hf_config, require
-    from tlt.drafter.history import SuffixHistory
-    from tlt.rollout.vllm.engine import VLLMRolloutEngine
     from tlt.rollout.vllm.speculation import read_spec_plan
     from tlt.types import SamplingConfig
 
@@ -101,16 +96,10 @@ def build(args: argparse.Namespace):
     context = args.max_model_len or hf_config["max_position_embeddings"]
     require(args.max_tokens < context, "--max-tokens", args.max_tokens, f"below the context of {context} tokens")
     prompts = read_prompts(args, tokenizer, context - args.max_tokens)
-    if "MASTER_ADDR" not in os.environ:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        store = f"file://{tempfile.mkdtemp()}/store"
-        dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    else:
-        dist.init_process_group("gloo")
-    engine = VLLMRolloutEngine(
-        rollout, hf_model=args.model, dtype=args.dtype, seed=args.seed,
-        stop_token_ids=stop_token_ids(Path(args.model), hf_config, tokenizer), decode=tokenizer.decode,
-        should_stop=lambda: False, spec=plan, history=SuffixHistory(0),
+    start_ranks()
+    engine = make_engine(
+        rollout, hf_model=args.model, dtype=args.dtype, plan=plan, seed=args.seed, decode=tokenizer.decode,
+        stop_token_ids=stop_token_ids(Path(args.model), hf_config, tokenizer),
     )  # fmt: skip
     sampling = SamplingConfig(
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_response_tokens=args.max_tokens

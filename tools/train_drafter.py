@@ -15,12 +15,12 @@ import copy
 import json
 import os
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
+from tools.lone_engine import make_engine, start_ranks  # noqa: E402
 
 ROUND_FACTOR = 2
 """Requests of one round of generation for each that runs at a time: the last ones of a round run alone."""
@@ -77,15 +77,13 @@ class PromptFile:
     come once. Raises ValueError naming file and line."""
 
     def __init__(self, path: Path, builder, *, num_held_out: int):
-        from tlt.data.source import Problem, numbered_lines, parse_question
+        from tlt.data.source import numbered_lines, unanswered
 
         if not path.is_file():
             raise ValueError(f"--prompts must be a JSONL file, got {path}")
         self.prompts = []
         for number, line in numbered_lines(path):
-            name = f"{path.name}/{number}"
-            _, question, messages = parse_question(line, f"{path}, line {number}")
-            problem = Problem(name=name, question=question, messages=messages, answer={})
+            problem = unanswered(line, f"{path}, line {number}", name=f"{path.name}/{number}")
             self.prompts.append(builder.build(problem, "prompts"))
         if len(self.prompts) <= num_held_out:
             raise ValueError(f"--prompts {path} holds {len(self.prompts)}, --held-out-prompts takes {num_held_out}")
@@ -138,31 +136,6 @@ def read_setup(args: argparse.Namespace) -> Setup:
         target_config=hf_config, stream=stream, drafter=DrafterConfig(**fields),
         plan=read_spec_plan(spec, target_config=hf_config, dtype=getattr(torch, args.dtype), tp_size=1),
         stop_token_ids=stop_token_ids(Path(args.model), hf_config, tokenizer),
-    )  # fmt: skip
-
-
-def start_ranks() -> None:
-    """The ranks of torchrun, or a world of this process alone."""
-    import torch.distributed as dist
-
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group("gloo")
-        return
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
-
-
-def make_engine(args: argparse.Namespace, setup: Setup):
-    from tlt.config import RolloutConfig
-    from tlt.drafter.history import SuffixHistory
-    from tlt.rollout.vllm.engine import VLLMRolloutEngine
-
-    rollout = RolloutConfig(
-        max_model_len=args.max_model_len, max_response_tokens=args.max_tokens, max_num_seqs=args.max_num_seqs
-    )
-    return VLLMRolloutEngine(
-        rollout, hf_model=args.model, dtype=args.dtype, seed=0, stop_token_ids=setup.stop_token_ids,
-        decode=lambda ids: "", should_stop=lambda: False, spec=setup.plan, history=SuffixHistory(0),
     )  # fmt: skip
 
 
@@ -344,7 +317,14 @@ def main() -> int:
         print(f"train_drafter.py: error: {error}", file=sys.stderr)
         return 2
     start_ranks()
-    engine = make_engine(args, setup)
+    from tlt.config import RolloutConfig
+
+    rollout = RolloutConfig(
+        max_model_len=args.max_model_len, max_response_tokens=args.max_tokens, max_num_seqs=args.max_num_seqs
+    )
+    engine = make_engine(
+        rollout, hf_model=args.model, dtype=args.dtype, plan=setup.plan, stop_token_ids=setup.stop_token_ids
+    )  # fmt: skip
     samples, texts = generate(args, setup, engine, begin_s)
     generate_s = time.perf_counter() - begin_s
     engine.sleep()  # frees a GPU; on a CPU the engine's memory stays until the end

@@ -17,6 +17,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "metrics": set(),
     "trace": set(),
     "config": set(),
+    "disk": set(),
     "interrupt": set(),
     "progress": set(),
     "arguments": {"config"},
@@ -28,7 +29,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "policy": BASE | {"metrics", "trace", "parallel", "rl"},
     "weight_sync": BASE | {"trace", "parallel", "protocols"},
     "rollout": BASE | {"trace", "parallel", "protocols", "interrupt", "spec", "drafter"},
-    "run_state": {"drafter", "parallel", "protocols", "trace"},
+    "run_state": {"disk", "drafter", "parallel", "protocols", "trace"},
     "evaluation": {"rollout", "types"},
     "loop": {
         "config", "evaluation", "interrupt", "metrics", "parallel", "progress", "protocols", "rl", "rollout",
@@ -37,7 +38,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "workload": set(),
     "spec": BASE,
     "spot": BASE | {"parallel", "protocols", "trace"},
-    "drafter": BASE | {"spec"},
+    "drafter": BASE | {"disk", "spec"},
     "sft": BASE | {"data", "interrupt", "metrics", "parallel", "policy", "progress", "run_state", "trace"},
     "launch": {"arguments"},
     "build": None,  # knows all classes

@@ -172,6 +172,12 @@ def parse_question(line: str, where: str) -> tuple[dict, str, tuple[dict, ...] |
     return record, question, None if messages is None else tuple(messages)
 
 
+def unanswered(line: str, where: str, *, name: str) -> Problem:
+    """Of a JSONL line whose answer no one scores; as `parse_question`."""
+    _, question, messages = parse_question(line, where)
+    return Problem(name=name, question=question, messages=messages, answer={})
+
+
 def parse_line(line: str, where: str, name: str) -> Problem:
     """One JSONL object: a question and `answer` (text or number; GSM8K's `#### 42` too)."""
     record, question, messages = parse_question(line, where)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from tlt.disk import flush_to_disk
+
 logger = logging.getLogger(__name__)
 
 
@@ -85,11 +87,7 @@ def write_atomically(state: Mapping, path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush_to_disk(path.parent)
 
 
 def load_checkpoint(path: Path) -> dict:
