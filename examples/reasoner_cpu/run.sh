@@ -25,10 +25,11 @@ source "$root/examples/reasoner_cpu/recipe.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one core a rank
 launch=("$venv/bin/torchrun" --standalone --nproc_per_node 2)
 
-# The cold start is made once for each content of what it depends on: recipe, data, code and package versions.
-key="$( (echo "${PRECISION_ARGS[@]}" && cd "$root" && find examples/reasoner_cpu/recipe.sh tools/make_cold_start.py tools/train_sft.py \
-    tools/prepare_smollm2.py requirements-cpu.txt tlt/sft tlt/policy tlt/rl tlt/data tlt/weight_sync megatron_patches \
-    -type f \( -name '*.py' -o -name '*.sh' -o -name '*.txt' \) -print0 | sort -z | xargs -0 sha256sum) | sha256sum | cut -c1-12)"
+# The cold start is made once for each content of what it depends on: recipe but for RL's, code and package versions.
+key="$( (declare -p COLD_START_ARGS SOURCES WEIGHTS PROMPT_ARGS SFT_ARGS ROLLOUT_ARGS EVAL_ARGS PRECISION_ARGS && cd "$root" &&
+    find tools/make_cold_start.py tools/train_sft.py tools/prepare_smollm2.py requirements-cpu.txt \
+    tlt/sft tlt/policy tlt/rl tlt/data tlt/weight_sync megatron_patches \
+    -type f \( -name '*.py' -o -name '*.txt' \) -print0 | sort -z | xargs -0 sha256sum) | sha256sum | cut -c1-12)"
 cold="$cache/$key"
 if [[ ! -d "$cold/hf" ]]; then
     echo "reasoner_cpu: cold start into $cold"
