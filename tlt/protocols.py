@@ -60,6 +60,9 @@ class RolloutEngine(Protocol):
     def hidden_state_samples(self) -> list[HiddenStateSample]:
         """What the buffer of this rank holds, oldest first."""
 
+    def training_samples(self, *, seed: int) -> list[HiddenStateSample]:
+        """Those of the newest policy, and what they lack in length from the one before it."""
+
     def sleep(self) -> None:
         """Give the device to the policy: weights and KV cache leave it."""
 

@@ -4,8 +4,11 @@ Shapes: S tokens of one sequence (prompt and response), R tokens of one response
 response tokens among them.
 """
 
+import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
 
 
@@ -14,7 +17,7 @@ class Prompt:
     """One problem, tokenised; equal on all ranks."""
 
     prompt_id: str
-    """Names the problem for the whole run: `<source>/<index in the source>`."""
+    """Names one drawing of the problem: a problem that comes again has another id."""
     source: str
     """Name of the data source it was drawn from; the reward function is chosen by it."""
     token_ids: tuple[int, ...]
@@ -22,6 +25,11 @@ class Prompt:
     """The question as asked, before the chat template."""
     answer: dict
     """What the reward function of `source` needs to score a response; JSON types only."""
+
+    @cached_property
+    def problem_key(self) -> str:
+        """The same whenever the same tokens are asked: what is remembered of a problem is kept under it."""
+        return hashlib.sha256(np.array(self.token_ids, dtype=np.int32).tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,9 @@ class Drafting:
     def hidden_state_samples(self) -> list:
         return self.samples
 
+    def training_samples(self, *, seed: int) -> list:
+        return self.samples
+
     def drafter_tensors(self) -> dict:
         return self.live
 

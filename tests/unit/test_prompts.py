@@ -52,6 +52,13 @@ def test_seeds_give_different_prompts_and_ids_are_unique(tokenizer):
     assert len({prompt.prompt_id for prompt in one}) == 300
 
 
+def test_a_problem_that_comes_again_has_another_id_and_the_same_key(tokenizer):
+    drawn = make(tokenizer)[0].next_batch(500)  # of 136 problems
+    ids, keys = {prompt.prompt_id for prompt in drawn}, {prompt.problem_key for prompt in drawn}
+    assert len(ids) == 500
+    assert len(keys) == len({prompt.text for prompt in drawn}) <= 136
+
+
 def test_mixtures_keep_their_weights(tokenizer):
     stream, _ = make(tokenizer, train=(SMALL, "reasoning-gym:gcd"), weights=(3.0, 1.0))
     counts = Counter(prompt.source for prompt in stream.next_batch(1000))

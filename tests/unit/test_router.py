@@ -16,6 +16,12 @@ def candidate(name: str = "p#0", *, room: int = 8, match_length: int = 12, probs
     return Candidate(name=name, group="p", room=room, is_random=True, match_length=match_length, probs=np.array(probs))
 
 
+def make_router(learned: list[str], *, max_draft_tokens: int) -> DraftRouter:
+    router = DraftRouter(learned, max_draft_tokens=max_draft_tokens)
+    router.begin({"p": "tests", "other": "tests"})
+    return router
+
+
 def past_probes(router: DraftRouter) -> DraftRouter:
     router.step = 32  # the next probe is at 64
     return router
@@ -51,7 +57,7 @@ def test_a_head_drafts_as_deep_as_its_rows_together_pay_for():
 
 
 def test_what_costs_more_than_it_is_worth_is_not_drafted():
-    router = past_probes(DraftRouter(["eagle"], max_draft_tokens=8))
+    router = past_probes(make_router(["eagle"], max_draft_tokens=8))
     candidates = [candidate(f"p#{i}", probs=[0.99] * 8) for i in range(4)]
     assert router.plan(candidates, DEAR, num_running=4) == [None] * 4
     routes = router.plan(candidates, CHEAP, num_running=4)
@@ -59,7 +65,7 @@ def test_what_costs_more_than_it_is_worth_is_not_drafted():
 
 
 def test_each_request_gets_the_drafter_that_is_worth_more():
-    router = past_probes(DraftRouter(["eagle"], max_draft_tokens=8))
+    router = past_probes(make_router(["eagle"], max_draft_tokens=8))
     teach(router, "eagle", num_stood=2, confidence=0.9)
     teach(router, SUFFIX, num_stood=4, confidence=0.999)
     teach(router, SUFFIX, num_stood=0, confidence=0.3)
@@ -71,7 +77,7 @@ def test_each_request_gets_the_drafter_that_is_worth_more():
 
 
 def test_no_route_is_longer_than_its_request_has_room_for():
-    router = past_probes(DraftRouter(["eagle"], max_draft_tokens=8))
+    router = past_probes(make_router(["eagle"], max_draft_tokens=8))
     teach(router, "eagle", num_stood=4, confidence=0.99)
     candidates = [candidate("p#0", room=1, probs=[0.99] * 8), candidate("p#1", room=3)]
     counts = [route.num_draft_tokens for route in router.plan(candidates, CHEAP, num_running=2)]
@@ -80,7 +86,7 @@ def test_no_route_is_longer_than_its_request_has_room_for():
 
 
 def test_a_drafter_that_was_not_worth_it_is_tried_again_at_probes():
-    router = DraftRouter(["eagle"], max_draft_tokens=8)
+    router = make_router(["eagle"], max_draft_tokens=8)
     candidates = [candidate(f"p#{i}", probs=[0.5] * 8) for i in range(4)]
     steps = [router.plan(candidates, DEAR, num_running=4) for _ in range(200)]
     probed = [index + 1 for index, routes in enumerate(steps) if any(routes)]
@@ -97,22 +103,26 @@ def count(router: DraftRouter, drafter: str, request: str, *, num_stood: int, ti
 
 
 def test_trust_of_a_request_begins_with_its_group_and_that_with_its_source():
-    router = DraftRouter(["eagle"], max_draft_tokens=4)
-    assert router.factor(SUFFIX, "sums/1#0", "sums/1") == 1
-    count(router, SUFFIX, "sums/1#1", num_stood=0)
-    before = router.factor(SUFFIX, "sums/1#0", "sums/1")
-    of_source = router.factor(SUFFIX, "sums/2#0", "sums/2")
+    router = make_router(["eagle"], max_draft_tokens=4)
+    # Names as a stream of prompts gives them: each drawing has a number of its own.
+    sources = {"1:s/1": "sums", "2:s/2": "sums", "3:t/1": "stories", "9:s/9": "sums"}
+    router.begin(sources)
+    assert router.factor(SUFFIX, "1:s/1#0", "1:s/1") == 1
+    count(router, SUFFIX, "1:s/1#1", num_stood=0)
+    before = router.factor(SUFFIX, "1:s/1#0", "1:s/1")
+    of_source = router.factor(SUFFIX, "2:s/2#0", "2:s/2")
     assert before < of_source < 0.8
-    assert router.factor(SUFFIX, "stories/1#0", "stories/1") == 1
-    assert router.factor("eagle", "sums/1#0", "sums/1") == 1
-    count(router, SUFFIX, "sums/1#0", num_stood=4)
-    assert router.factor(SUFFIX, "sums/1#0", "sums/1") > before
-    router.begin()  # requests and groups are new, sources are not
-    assert router.factor(SUFFIX, "sums/1#0", "sums/1") == router.factor(SUFFIX, "sums/9#0", "sums/9") != 1
+    assert router.factor(SUFFIX, "3:t/1#0", "3:t/1") == 1
+    assert router.factor("eagle", "1:s/1#0", "1:s/1") == 1
+    count(router, SUFFIX, "1:s/1#0", num_stood=4)
+    assert router.factor(SUFFIX, "1:s/1#0", "1:s/1") > before
+    router.begin(sources)  # requests and groups are new, sources are not
+    assert router.factor(SUFFIX, "1:s/1#0", "1:s/1") == router.factor(SUFFIX, "9:s/9#0", "9:s/9") != 1
 
 
 def test_each_source_gets_the_head_that_knows_it():
-    router = past_probes(DraftRouter(["eagle", "eagle2"], max_draft_tokens=4))
+    router = past_probes(make_router(["eagle", "eagle2"], max_draft_tokens=4))
+    router.begin({f"{source}/{index}": source for source in ("sums", "stories") for index in (1, 5)})
     for head, other in (("eagle", "eagle2"), ("eagle2", "eagle")):
         source = {"eagle": "sums", "eagle2": "stories"}[head]
         count(router, head, f"{source}/1#0", num_stood=4, times=100)
@@ -129,7 +139,7 @@ def test_each_source_gets_the_head_that_knows_it():
 
 
 def test_greedy_and_random_text_are_learned_apart():
-    router = DraftRouter([], max_draft_tokens=4)
+    router = make_router([], max_draft_tokens=4)
     teach(router, SUFFIX, num_stood=0, confidence=0.9)
     random, greedy = (router.calibrations[SUFFIX, one].table() for one in (True, False))
     assert (random < greedy).any()
@@ -153,7 +163,7 @@ def test_a_calibration_approaches_what_is_observed_and_forgets_after_a_change():
 def test_decisions_depend_on_the_calls_alone():
     def run() -> list:
         rng = np.random.default_rng(5)
-        router, found = DraftRouter(["eagle"], max_draft_tokens=6), []
+        router, found = make_router(["eagle"], max_draft_tokens=6), []
         for _ in range(150):
             candidates = [
                 candidate(f"p#{i}", probs=rng.uniform(0.2, 1, size=5), match_length=int(rng.integers(1, 20)))

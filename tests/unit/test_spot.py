@@ -3,6 +3,7 @@
 Real processes, failures and delays: tests/distributed/test_spot_ranks.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 from tests.unit.drafter_cases import make_sample, make_target, make_trainer
 from tlt.config import DrafterConfig, SpotConfig
+from tlt.drafter.buffer import HiddenStateBuffer
 from tlt.drafter.learner import HeadLearner
 from tlt.spot.board import TailBoard
 from tlt.spot.rank_state import TRANSITIONS, Event, Rank, RankState
-from tlt.spot.training import split
+from tlt.spot.training import SpotTraining
+from tlt.trace import NoTrace
 
 
 class Counters:
@@ -137,14 +140,82 @@ def test_rollouts_have_counters_of_their_own():
         assert boards[1].all_ended()
 
 
+class Watched:
+    """A learner that notes what it is given."""
+
+    def __init__(self) -> None:
+        self.trained: list = []
+        self.judged: list = []
+
+    def train(self, samples, *, should_stop, on_step) -> None:
+        self.trained += samples
+        on_step()
+
+    def average(self, sum_over_ranks, *, weight: float) -> None:
+        """One rank is its own mean."""
+
+    def scores(self, samples, *, live) -> torch.Tensor:
+        self.judged += samples
+        return torch.zeros(3, dtype=torch.float64)
+
+
+class Engine:
+    """Part of the engine that is asked for, with a real buffer."""
+
+    policy_version = 0
+
+    def __init__(self, *, max_bytes: int):
+        self.buffer = HiddenStateBuffer(max_bytes)
+
+    def rollout(self, version: int, lengths: Sequence[int]) -> None:
+        self.policy_version = version
+        for index, length in enumerate(lengths):
+            sample = replace(make_sample(length, 3, seed=index), policy_version=version)
+            self.buffer.add(replace(sample, request_id=f"{version}:p#{index}"))
+
+    def hidden_state_samples(self) -> list:
+        return list(self.buffer)
+
+    def training_samples(self, *, seed: int) -> list:
+        return self.buffer.training_samples(seed=seed)
+
+    def drafter_tensors(self) -> dict:
+        return {}
+
+
+def watched_tail(engine: Engine, learner: Watched, config: SpotConfig) -> None:
+    spot = SpotTraining(
+        learner, engine, TailBoard(Counters(), world_size=2), Alone(), config=config, is_stopped=lambda: False,
+        trace=NoTrace(),
+    )  # fmt: skip
+    spot.begin()
+    spot.use_tail()
+    spot.publish()
+
+
+class Alone:
+    rank, world_size = 0, 1
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
 def test_old_samples_are_left_and_held_out_ones_are_never_trained_on():
-    samples = [replace(make_sample(10, 3, seed=index), policy_version=index // 4) for index in range(24)]
-    data = split(samples, newest=5, config=SpotConfig(max_age=2, held_out_every=4))
-    assert {sample.policy_version for sample in data.train} == {3, 4, 5}
-    assert len(data.held_out) == 3
-    assert len(data.train) == 9
-    ids = [{sample.request_id for sample in part} for part in (data.train, data.held_out)]
-    assert not ids[0] & ids[1]
+    config, learner, engine = SpotConfig(max_age=1, held_out_every=4), Watched(), Engine(max_bytes=230_000)
+    trained, judged = set(), set()
+    for version in range(1, 7):  # odd versions have long responses; old samples leave the buffer for lack of room
+        engine.rollout(version, range(8, 48) if version % 2 else range(8, 28))
+        watched_tail(engine, learner, config)
+        trained |= {sample.request_id for sample in learner.trained}
+        judged |= {sample.request_id for sample in learner.judged}
+        versions = {sample.policy_version for sample in learner.trained}
+        assert versions == ({version} if version % 2 else {version - 1, version}), "long ones come from before"
+        assert {sample.policy_version for sample in learner.judged} == {version, max(version - 1, 1)}
+        learner.trained.clear()
+        learner.judged.clear()
+    assert engine.buffer.num_dropped > 0
+    assert not trained & judged
+    assert len(judged) == pytest.approx(180 / 4, abs=18)  # 3 standard deviations of 5.8
 
 
 def make_learner(seed: int = 1) -> HeadLearner:

@@ -10,7 +10,7 @@ tokens and of prices that all ranks share. Shapes: B requests, K draft tokens, M
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -109,12 +109,14 @@ class DraftRouter:
         self.groups: dict[tuple[str, str], Trust] = {}
         self.sources: dict[tuple[str, str], Trust] = {}
         """Of data sources, which outlive a rollout: a head trained on one may be worth little on another."""
+        self.source_of: Mapping[str, str] = {}
         self.step = 0
         self.num_planned = 0
         """Draft tokens of the last plan: about so many will be drafted in the next."""
 
-    def begin(self) -> None:
-        """A rollout begins: requests and groups are new."""
+    def begin(self, sources: Mapping[str, str]) -> None:
+        """A rollout begins: requests and groups are new; `sources` names each group's data source."""
+        self.source_of = sources
         self.requests.clear()
         self.groups.clear()
 
@@ -249,7 +251,7 @@ class DraftRouter:
 
     def _levels(self, request: str, group: str) -> tuple[tuple[dict[tuple[str, str], Trust], str], ...]:
         """Tables of trust and the name in each, from the one that knows least of the request."""
-        return (self.sources, source_of(group)), (self.groups, group), (self.requests, request)
+        return (self.sources, self.source_of[group]), (self.groups, group), (self.requests, request)
 
     def goes_on(
         self, name: str, depth: int, standing: np.ndarray, is_random: np.ndarray, factors: np.ndarray
@@ -319,11 +321,6 @@ def paying_depth(worth: np.ndarray, num: np.ndarray, price: float, pass_price: f
     net = np.cumsum(((worth[:, :deepest] - price) * wants).sum(0) - pass_price)
     depth = int(net.argmax()) + 1
     return depth if net[depth - 1] > given_up[num > 0].sum() else 0
-
-
-def source_of(group: str) -> str:
-    """Data source of a group's prompt, `<source>/<index>`."""
-    return group.rpartition("/")[0]
 
 
 def match_kinds(match_lengths: np.ndarray) -> np.ndarray:

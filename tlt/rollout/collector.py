@@ -82,7 +82,7 @@ class RolloutCollector:
         groups = in_order(prompts, reports)
         for group in groups:  # the same on all ranks, wherever a prompt will be placed next
             for rollout in group.rollouts:
-                self.history.add(group.prompt.prompt_id, rollout.token_ids, policy_version=rollout.policy_version)
+                self.history.add(group.prompt.problem_key, rollout.token_ids, policy_version=rollout.policy_version)
         return groups, rollout_metrics(reports) | self.tail.publish()
 
 

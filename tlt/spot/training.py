@@ -6,10 +6,10 @@ optimizer steps. So no collective runs while anyone decodes, membership needs no
 and one that is drained, slow or broken holds no one up: it is back within one micro-step, or counts for nothing.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -39,22 +39,11 @@ class NoSpotTraining:
         return {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """What a rank's buffer holds for it."""
-
-    train: list[HiddenStateSample]
-    held_out: list[HiddenStateSample]
-
-
-def split(samples: Sequence[HiddenStateSample], *, newest: int, config: SpotConfig) -> Data:
-    """Samples that are young enough; every n-th of the buffer judges. A function of the buffer alone."""
-    young = [sample for sample in samples if sample.policy_version >= newest - config.max_age]
-    every = config.held_out_every
-    return Data(
-        train=[sample for index, sample in enumerate(young) if index % every != every - 1],
-        held_out=[sample for index, sample in enumerate(young) if index % every == every - 1],
-    )
+def is_held_out(sample: HiddenStateSample, *, every: int) -> bool:
+    """Whether a response is one in `every` that no head is trained on, so that it may judge them: a function of its
+    name, the same wherever and whenever asked."""
+    digest = hashlib.sha256(sample.request_id.encode()).digest()
+    return int.from_bytes(digest[:4], "little") % every == 0
 
 
 class SpotTraining:
@@ -98,13 +87,13 @@ class SpotTraining:
         return report
 
     def _train(self) -> None:
-        data = self._data()
-        if not data.train:
+        samples = self._samples(self.engine.training_samples(seed=self.engine.policy_version), are_held_out=False)
+        if not samples:
             return
         self.rank.on(Event.TRAINING_BEGAN)
-        with self.trace.span("spot_training", num_samples=len(data.train)):
+        with self.trace.span("spot_training", num_samples=len(samples)):
             try:
-                self.learner.train(data.train, should_stop=self._is_over, on_step=self._count)
+                self.learner.train(samples, should_stop=self._is_over, on_step=self._count)
             except Exception:
                 # The one place where a failure is survived: speculation is never needed for a right result.
                 logger.exception("training of the drafter failed on rank %d; it goes on without", self.parallel.rank)
@@ -112,8 +101,14 @@ class SpotTraining:
                 self.num_steps = 0
         self.rank.on(Event.TRAINER_RAISED if self.has_failed else Event.TRAINING_ENDED)
 
-    def _data(self) -> Data:
-        return split(self.engine.hidden_state_samples(), newest=self.engine.policy_version, config=self.config)
+    def _samples(self, samples: Sequence[HiddenStateSample], *, are_held_out: bool) -> list[HiddenStateSample]:
+        """Those that are young enough, and that judge or do not."""
+        oldest = self.engine.policy_version - self.config.max_age
+        every = self.config.held_out_every
+        return [
+            sample for sample in samples
+            if sample.policy_version >= oldest and is_held_out(sample, every=every) == are_held_out
+        ]  # fmt: skip
 
     def _count(self) -> None:
         self.num_steps += 1
@@ -133,8 +128,9 @@ class SpotTraining:
         with self.trace.span("spot_publish"):
             self.learner.average(self.parallel.sum, weight=self.num_steps / num_steps)
             self.num_steps = 0
+            judges = self._samples(self.engine.hidden_state_samples(), are_held_out=True)
             scores = self.parallel.sum(
-                self.learner.scores(self._data().held_out, live=self.engine.drafter_tensors())
+                self.learner.scores(judges, live=self.engine.drafter_tensors())
             )  # [3] live, candidate, drafts
             if scores[2] == 0:
                 return metrics

@@ -148,7 +148,7 @@ class VLLMRolloutEngine:
         """
         if self.is_asleep:
             raise RuntimeError("generate was called while the engine sleeps; call wake and load_weights before")
-        lengths = [self.history.expected_length(prompt.prompt_id) for prompt in prompts]
+        lengths = [self.history.expected_length(prompt.problem_key) for prompt in prompts]
         replicas = place_groups(lengths, self.num_replicas)
         own = [prompt for prompt, replica in zip(prompts, replicas, strict=True) if replica == self.replica]
         order = longest_first([n for n, replica in zip(lengths, replicas, strict=True) if replica == self.replica])
@@ -293,6 +293,10 @@ class VLLMRolloutEngine:
     def hidden_state_samples(self) -> list[HiddenStateSample]:
         """What the buffer of this rank holds, oldest first."""
         return self.speculation.hidden_state_samples()
+
+    def training_samples(self, *, seed: int) -> list[HiddenStateSample]:
+        """A function of the buffer and the seed (`HiddenStateBuffer.training_samples`)."""
+        return self.speculation.training_samples(seed=seed)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None:
         """Replace the target model's weights from full tensors under Hugging Face names, consumed as a stream.

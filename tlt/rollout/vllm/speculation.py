@@ -117,6 +117,10 @@ class NoSpeculation:
         """None are kept."""
         return []
 
+    def training_samples(self, *, seed: int) -> list[HiddenStateSample]:
+        """None are kept."""
+        return []
+
     def renew_output(self, name: str, tensor: torch.Tensor) -> None:
         """No copies of the target's weights."""
 
@@ -170,7 +174,7 @@ class Speculation:
         """A rollout of these prompts begins: statistics start anew, what was learned of them stays."""
         self.ledger.begin()
         self.suffix.begin(prompts)
-        self.router.begin()
+        self.router.begin({prompt.prompt_id: prompt.source for prompt in prompts})
         self._switches = self._roll_backs = 0
         self._speculative_s = self._draft_s = 0.0
         self._counted = (0, 0)
@@ -266,6 +270,10 @@ class Speculation:
     def hidden_state_samples(self) -> list[HiddenStateSample]:
         """Of finished responses, oldest first."""
         return list(self.buffer)
+
+    def training_samples(self, *, seed: int) -> list[HiddenStateSample]:
+        """Of the newest policy, and what they lack in length from the one before it."""
+        return self.buffer.training_samples(seed=seed)
 
     @property
     def drafter_version(self) -> int:

@@ -81,8 +81,9 @@ class SuffixDrafter:
         """The group's, begun with its prompt and the prompt's past responses when it is first needed."""
         if group not in self._trees:
             tree = self._trees[group] = new_tree()
-            tree.begin(PROMPT, self._prompts[group].token_ids)
-            for index, response in enumerate(self.history.responses(group)):
+            prompt = self._prompts[group]
+            tree.begin(PROMPT, prompt.token_ids)
+            for index, response in enumerate(self.history.responses(prompt.problem_key)):
                 tree.begin(index, response.token_ids, after=PROMPT)
                 tree.end(index)
             for name, token_ids in self._finished.pop(group, {}).items():
