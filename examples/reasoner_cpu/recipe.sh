@@ -48,13 +48,14 @@ ROLLOUT_ARGS=(
     --rollout-max-num-seqs 64
     --rollout-save-interval 10
 )
-EVAL_ARGS=(--eval-num-prompts 64 --eval-num-samples 8 --eval-interval 4)
+EVAL_ARGS=(--eval-num-prompts 64 --eval-num-samples 8 --eval-interval 5)
 RL_ARGS=(
-    --train-iters 8
-    --lr 4e-5
+    --train-iters 10
+    --lr 3e-5
+    --lr-warmup-iters 2
     --use-distributed-optimizer
     --max-tokens-per-micro-batch 1536
-    --rl-prompts-per-iteration 8
+    --rl-prompts-per-iteration 16
     --rl-group-size 8
     --rl-drop-equal-groups
     --rl-clip-high 0.28
