@@ -43,7 +43,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("--drafter", nargs="+", metavar="DIR", help="EAGLE heads for the model: eagle, eagle2, ...")
-    parser.add_argument("--drafts", default="coupled", choices=("coupled", "one-hot", "sampled"))
+    parser.add_argument("--drafts", default="coupled", choices=("coupled", "one-hot", "sampled", "auto"))
     parser.add_argument("--sources", nargs="+", required=True, metavar="X", help="as --data-train of pretrain_rl.py")
     parser.add_argument("--weights", nargs="+", type=float, metavar="X", help="share of each source")
     parser.add_argument("--exclude", nargs="+", default=(), metavar="FILE", help="JSONL of questions to leave out")
@@ -235,7 +235,7 @@ def measure(args: argparse.Namespace, workload: Workload, strategies: list[str],
             print(f"{workload.name} repetition {repetition} {strategy}: {seconds:.2f} s", file=sys.stderr, flush=True)
             if repetition > 0:
                 times[strategy].append(seconds)
-        if args.drafts != "sampled":
+        if args.drafts in ("coupled", "one-hot"):
             differing = {s: sum(texts[s][n] != texts[order[0]][n] for n in texts[s]) for s in order}
             if any(differing.values()):
                 print(f"responses that differ from {order[0]}'s: {differing}", file=sys.stderr)

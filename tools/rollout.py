@@ -25,7 +25,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
     parser.add_argument("--drafter", nargs="+", metavar="DIR", help="EAGLE heads for the model: eagle, eagle2, ...")
     parser.add_argument("--spec-strategy", default="off", help="eagle:K, prompt_lookup:K or off (default: off)")
-    parser.add_argument("--spec-drafts", default="coupled", choices=("coupled", "one-hot", "sampled"))
+    parser.add_argument("--spec-drafts", default="coupled", choices=("coupled", "one-hot", "sampled", "auto"))
     parser.add_argument("--spec-max-running-requests", type=int, metavar="N", help="speculate with at most N running")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: 1.0")

@@ -23,6 +23,7 @@ from tlt.drafter.unroll import unroll
 from tlt.rollout.vllm.engine import set_engine_environment
 from tlt.rollout.vllm.learned_drafter import LearnedDrafter
 from tlt.rollout.vllm.speculation import LEARNED, read_weight
+from tlt.spec.draft_kind import FixedKind
 from tlt.spec.randomness import request_seed
 from tlt.spec.strategy import FixedStrategy, parse_strategy
 from tlt.types import OFF, SamplingConfig
@@ -131,7 +132,7 @@ def _aligned(rank: int, world_size: int, folder: Path, head: Path, out: Path) ->
     other = [replace(prompt, prompt_id=f"other/{i}") for i, prompt in enumerate(make_prompts(6, length=17))]
     speculation.policy = strategies["on"]
     for drafts in ("one-hot", "coupled"):
-        learned.drafts = drafts
+        learned.kinds = FixedKind(drafts)
         before = len(speculation.buffer)
         with pytest.MonkeyPatch.context() as monkeypatch:
             feed = Feed(monkeypatch)
@@ -152,7 +153,7 @@ def _aligned(rank: int, world_size: int, folder: Path, head: Path, out: Path) ->
         ), drafts  # fmt: skip
         assert counted.acceptance_length > 1.3  # the head learned something: not equal by being zero
 
-    learned.drafts = "one-hot"
+    learned.kinds = FixedKind("one-hot")
     before = len(speculation.buffer)
     generate(engine, other, replace(SAMPLING, temperature=0.01), group_size=1)  # greedy text itself is not recorded
     trained = load_head(head, flag="test", target_config=config, dtype=torch.float32)

@@ -5,6 +5,7 @@ Not covered: GPU kernels, the V2 runner.
 """
 
 import random
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tlt.config import SpecConfig, read_hf_config
 from tlt.drafter.model import EagleHead, HeadShape, initialize, save_head
 from tlt.rollout.vllm.learned_drafter import DraftRequest
 from tlt.rollout.vllm.speculation import LEARNED
+from tlt.spec.draft_kind import COUPLED, ONE_HOT, FixedKind
 from tlt.spec.strategy import FixedStrategy, parse_strategy
 from tlt.types import OFF, SamplingConfig, SpecStrategy
 from tlt.weight_sync.gather import HfDirectory
@@ -97,6 +99,16 @@ def _plain(rank: int, world_size: int, folder: Path, expected: Path, tp_size: in
     engine.close()
 
 
+class InTurn(FixedKind):
+    """Another kind with each request."""
+
+    def __init__(self) -> None:
+        self.kinds = cycle((COUPLED, ONE_HOT))
+
+    def choose(self, temperature: float) -> str:
+        return next(self.kinds)
+
+
 def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_file: Path, tp_size: int) -> None:
     engine = make_engine(
         folder, spec=SpecConfig(strategy="eagle:6", drafter=(str(head), f"{head}2")), tensor_parallel_size=tp_size
@@ -112,10 +124,12 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_fil
         ("one-hot", ("eagle:2", "eagle:6")),
     ]
     for drafts, strategies in fixed if tp_size == 1 else [("coupled", ("eagle:6",))]:
-        speculation.learned.drafts = drafts
+        speculation.learned.kinds = FixedKind(drafts)
         for strategy in strategies:
             speculation.policy = FixedStrategy(parse_strategy(strategy, "test"))
             check(f"{drafts} {strategy}")
+    speculation.learned.kinds = InTurn()
+    check("coupled and one-hot drafts in one batch")
     rng = random.Random(0)
     choices = [
         OFF,

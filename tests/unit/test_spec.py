@@ -100,7 +100,7 @@ def test_acceptance_statistics_of_a_table():
     assert metrics["d/acceptance_rate"] == pytest.approx(4 / 8)
     assert [metrics[f"d/acceptance_rate_{i}"] for i in (1, 2, 3)] == pytest.approx([2 / 3, 1 / 3, 1 / 2])
     assert metrics["d/acceptance_ceiling"] == pytest.approx((2.7 + 1.5 + 0.4) / (3 + 2 + 1))
-    assert "d/overlap" not in metrics
+    assert "d/stands_sampled" not in metrics
     assert AcceptanceStats().metrics("d") == {}
     assert AcceptanceStats().acceptance_length == 1
     both = AcceptanceStats()
@@ -175,7 +175,7 @@ def test_the_ledger_counts_what_stood_and_gives_q_of_sampled_drafts_only():
     assert "c" not in ledger.requests
     # rows of a: 3, 4 and 5; decided: 3 (accepted) and 4 (rejected)
     assert eagle.max_prob_sum == pytest.approx(0.9 + 0.25)
-    assert eagle.overlap_sum == pytest.approx(min(0.1, 0.5) + min(0.9, 0.5) + 0.25 + 0.25)
+    assert eagle.standing_sums["sampled"] == pytest.approx(min(0.1, 0.5) + min(0.9, 0.5) + 0.25 + 0.25)
     ledger.forget(["a", "zzz"])
     assert set(ledger.proposals) == {"b"}
 

@@ -21,10 +21,11 @@ class SpecConfig:
     drafter: tuple[str, ...] | None = None
     """Directories of EAGLE heads (config.json, model.safetensors) for the policy: strategies name them `eagle`,
     `eagle2`, ...; `adaptive` chooses among them. The first is the one that follows the policy."""
-    drafts: Literal["coupled", "one-hot", "sampled"] = "coupled"
+    drafts: Literal["coupled", "one-hot", "sampled", "auto"] = "coupled"
     """How a learned drafter's tokens are chosen: drawn from its own distribution with the numbers that the policy will
     draw with (coupled) or its best token (one-hot), which both leave each response token for token as without
-    speculation; or drawn independently and verified by rejection sampling (sampled), which leaves its distribution."""
+    speculation; or drawn independently and verified by rejection sampling (sampled), which leaves its distribution.
+    `auto`: for each temperature the one that stands most often at the positions that were verified lately."""
     history_mib: int = 64
     """MiB of host memory on each rank for responses of past iterations, which suffix drafts and expected lengths are
     taken from; 0 keeps none."""

@@ -1,5 +1,6 @@
 """Acceptance statistics of one drafter: what was drafted, what stood, and what bounded it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -18,9 +19,10 @@ class AcceptanceStats:
     max_prob_sum: float = 0.0
     """Of the policy at the positions that were decided on: those accepted, and the first rejected."""
     num_decided: int = 0
-    overlap_sum: float = 0.0
-    """1 - TV(p, q) at a sample of the decided positions."""
-    num_overlaps: int = 0
+    standing_sums: dict[str, float] = field(default_factory=dict)
+    """By kind of draft, the probability that one of that kind stands at a sample of the decided positions
+    (`spec.draft_kind.standing_rates`)."""
+    num_compared: int = 0
     draft_s: float = 0.0
 
     def count(self, num_drafted: int, num_accepted: int, max_probs: float) -> None:
@@ -39,8 +41,18 @@ class AcceptanceStats:
             own.extend([0] * (len(others) - len(own)))
             for position, value in enumerate(others):
                 own[position] += value
-        for name in ("num_drafts", "max_prob_sum", "num_decided", "overlap_sum", "num_overlaps", "draft_s"):
+        for name in ("num_drafts", "max_prob_sum", "num_decided", "num_compared", "draft_s"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self._add_rates(other.standing_sums)
+
+    def compare(self, rates: Mapping[str, float], num_positions: int) -> None:
+        """Sums of `standing_rates` over positions of one verification."""
+        self.num_compared += num_positions
+        self._add_rates(rates)
+
+    def _add_rates(self, rates: Mapping[str, float]) -> None:
+        for kind, rate in rates.items():
+            self.standing_sums[kind] = self.standing_sums.get(kind, 0.0) + rate
 
     @property
     def acceptance_length(self) -> float:
@@ -59,7 +71,10 @@ class AcceptanceStats:
             f"{prefix}/acceptance_rate_{position + 1}": accepted / drafted
             for position, (accepted, drafted) in enumerate(zip(self.accepted, self.drafted, strict=True))
         }
-        overlap = {f"{prefix}/overlap": self.overlap_sum / self.num_overlaps} if self.num_overlaps else {}
+        kinds = {
+            f"{prefix}/stands_{kind.replace('-', '_')}": total / self.num_compared
+            for kind, total in sorted(self.standing_sums.items())
+        }
         return {
             f"{prefix}/acceptance_length": self.acceptance_length,
             f"{prefix}/acceptance_rate": self.acceptance_rate,
@@ -68,6 +83,6 @@ class AcceptanceStats:
             f"{prefix}/num_draft_tokens": float(sum(self.drafted)),
             f"{prefix}/num_accepted_tokens": float(sum(self.accepted)),
             f"{prefix}/draft_s": self.draft_s,
-            **overlap,
+            **kinds,
             **rates,
         }

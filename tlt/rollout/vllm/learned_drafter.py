@@ -16,12 +16,13 @@ from tlt.drafter.model import EagleHead
 from tlt.rollout.vllm.ledger import Proposal
 from tlt.rollout.vllm.paged_attention import CpuPagedAttention, GatheredPagedAttention
 from tlt.rollout.vllm.token_pool import TokenPool
+from tlt.spec.draft_kind import COUPLED, ONE_HOT, SAMPLED, KindChoice
 from tlt.spec.race import race
 from tlt.spec.randomness import DRAFT, TOKEN
 from tlt.types import prompt_id_of
 
-OVERLAP_INTERVAL = 16
-"""Draft passes between two whose probabilities are kept to measure 1 - TV(p, q)."""
+COMPARE_INTERVAL = 16
+"""Drafts between two whose probabilities are kept to compare the kinds of drafts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +81,12 @@ class AsAsked:
 class LearnedDrafter:
     """Drafts with one head; `output_weight` [V_draft, H] are rows of the target's LM head, None the layer itself."""
 
-    def __init__(self, head: EagleHead, runner: Any, pool: TokenPool, *, name: str, drafts: str):
+    def __init__(self, head: EagleHead, runner: Any, pool: TokenPool, *, name: str, kinds: KindChoice):
         self.head = head.to(runner.device)
         self.runner = runner
         self.pool = pool
         self.name = name
-        self.drafts = drafts
+        self.kinds = kinds
         self.version = 0
         self.limit: DraftLimit = AsAsked()
         self.on_pass: Callable[[int, float], None] = lambda num_rows, seconds: None
@@ -140,7 +141,13 @@ class LearnedDrafter:
         if not requests:
             return {}
         self._num_passes += 1
-        keeps_probs = self.drafts == "sampled" or self._num_passes % OVERLAP_INTERVAL == 0
+        is_compared = self._num_passes % COMPARE_INTERVAL == 0
+        # What is greedy has but one best token.
+        kinds = [self.kinds.choose(each.temperature) if each.temperature > 0 else ONE_HOT for each in requests]
+        is_kept = [
+            each.temperature > 0 and (is_compared or kind == SAMPLED)
+            for each, kind in zip(requests, kinds, strict=True)
+        ]
         self.limit.begin(self.name, requests)
         begin_s = time.perf_counter()
         block_table = self.pool.block_table(torch.tensor([request.row for request in requests]))
@@ -152,11 +159,13 @@ class LearnedDrafter:
         confidences: list[list[float]] = [[] for _ in requests]
         step = 0
         while True:
-            drawn, draft_probs, confidence = self._choose(hidden, [requests[row] for row in rows], step)
+            drawn, draft_probs, confidence = self._choose(
+                hidden, [requests[row] for row in rows], [kinds[row] for row in rows], step
+            )
             for index, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
                 tokens[row].append(token)
                 confidences[row].append(confidence[index])
-                if keeps_probs:
+                if is_kept[row]:
                     probs[row].append(draft_probs[index])
             self.on_pass(len(rows), time.perf_counter() - begin_s)
             step += 1
@@ -167,31 +176,25 @@ class LearnedDrafter:
             rows, kept = rows[goes_on], torch.from_numpy(goes_on)
             position = torch.tensor([requests[row].num_tokens - 2 + step for row in rows], dtype=torch.int32)
             hidden = self._one_more(drawn[kept], hidden[kept.to(hidden.device)], position, block_table[rows])
-        counts = [len(drafted) for drafted in tokens]
-        if self.drafts != "sampled":
-            # Rejection sampling is exact only if whether a draft is verified does not depend on what it turned out
-            # to be; where the policy's token depends on no draft, any may be dropped.
-            counts = [self.limit.num_tokens(row, count) for row, count in enumerate(counts)]
+        # Rejection sampling is exact only if whether a draft is verified does not depend on what it turned out to be;
+        # where the policy's token depends on no draft, any may be dropped.
+        counts = [
+            len(drafted) if kind == SAMPLED else self.limit.num_tokens(row, len(drafted))
+            for row, (drafted, kind) in enumerate(zip(tokens, kinds, strict=True))
+        ]
         return {
-            request.request_id: self._proposal(request, counts[row], tokens[row], confidences[row], probs[row])
-            for row, request in enumerate(requests)
+            request.request_id: Proposal(
+                drafter=self.name,
+                request_name=request.name,
+                token_ids=tokens[row][:count],
+                confidences=np.array(confidences[row][:count]),
+                temperature=request.temperature,
+                is_sampled=kinds[row] == SAMPLED,
+                draft_probs=torch.stack(probs[row][:count]) if is_kept[row] and count else None,
+                draft_token_ids=self.head.draft_token_ids,
+            )
+            for row, (request, count) in enumerate(zip(requests, counts, strict=True))
         }
-
-    def _proposal(
-        self, request: DraftRequest, count: int, tokens: list[int], confidences: list[float],
-        probs: list[torch.Tensor],
-    ) -> Proposal:  # fmt: skip
-        is_random = request.temperature > 0
-        return Proposal(
-            drafter=self.name,
-            request_name=request.name,
-            token_ids=tokens[:count],
-            confidences=np.array(confidences[:count]),
-            is_random=is_random,
-            is_sampled=is_random and self.drafts == "sampled",
-            draft_probs=torch.stack(probs[:count]) if is_random and probs[:count] else None,
-            draft_token_ids=self.head.draft_token_ids,
-        )
 
     def _catch_up(self, requests: Sequence[DraftRequest], block_table: torch.Tensor) -> torch.Tensor:
         """[B, H] of the head at each request's last position with a hidden state; its cache is complete after."""
@@ -229,7 +232,7 @@ class LearnedDrafter:
         return self.head(embeddings.to(hidden.dtype), hidden, position.to(device), attend)
 
     def _choose(
-        self, hidden: torch.Tensor, requests: Sequence[DraftRequest], step: int
+        self, hidden: torch.Tensor, requests: Sequence[DraftRequest], kinds: Sequence[str], step: int
     ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """(token [B] int64 on the CPU, probabilities [B, V_draft], its own [B]) that follow the head's output."""
         if self.output_weight is not None:
@@ -240,15 +243,14 @@ class LearnedDrafter:
         scale = temperature.where(temperature > 0, torch.ones_like(temperature))
         probs = (logits.float() / scale[:, None]).softmax(1)
         ids = self.head.draft_token_ids
-        if self.drafts == "one-hot" or bool((temperature <= 0).all()):
-            columns = logits.argmax(1)
-        else:
-            stream = TOKEN if self.drafts == "coupled" else DRAFT
-            drawn = race(
-                probs, [request.seed for request in requests],
-                [request.num_tokens + step for request in requests], stream=stream, token_ids=ids,
-            )  # fmt: skip
-            columns = torch.where(temperature > 0, drawn, logits.argmax(1))
+        columns = logits.argmax(1)
+        for kind, stream in ((COUPLED, TOKEN), (SAMPLED, DRAFT)):
+            rows = [row for row, own in enumerate(kinds) if own == kind]
+            if rows:
+                columns[rows] = race(
+                    probs[rows], [requests[row].seed for row in rows],
+                    [requests[row].num_tokens + step for row in rows], stream=stream, token_ids=ids,
+                )  # fmt: skip
         confidences = probs.gather(1, columns[:, None]).squeeze(1).double().cpu().numpy()
         return (columns if ids is None else ids[columns]).cpu(), probs, confidences
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tlt.spec.acceptance import AcceptanceStats
+from tlt.spec.draft_kind import standing_rates
 from tlt.spec.verification import REJECTED
 
 
@@ -25,12 +26,17 @@ class Proposal:
     confidences: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [K] the drafter's own probabilities
     match_length: int = 0
     """Tokens before the draft that a suffix drafter matched."""
-    is_random: bool = True
-    """The request is sampled at a temperature above 0."""
+    temperature: float = 1.0
+    """Of the request."""
     is_sampled: bool = False
     """Drawn from `draft_probs` independently of the policy's draw, to be verified by rejection sampling."""
-    draft_probs: torch.Tensor | None = None  # [K, V_draft] where sampled, and now and then to measure the overlap
+    draft_probs: torch.Tensor | None = None  # [K, V_draft] where sampled, and now and then to compare kinds of drafts
     draft_token_ids: torch.Tensor | None = None  # [V_draft] names of its columns; None: the whole vocabulary
+
+    @property
+    def is_random(self) -> bool:
+        """Its request is not greedy."""
+        return self.temperature > 0
 
 
 @dataclass
@@ -45,6 +51,7 @@ class DraftLedger:
 
     def __init__(self) -> None:
         self.on_verified: Callable[[Proposal, int], None] = lambda proposal, num_accepted: None
+        self.on_compared: Callable[[Proposal, dict[str, float], int], None] = lambda proposal, rates, count: None
         self.begin()
 
     def begin(self) -> None:
@@ -91,9 +98,12 @@ class DraftLedger:
         stats.count(count, accepted, float(decided.amax(1).sum()))
         if proposal.draft_probs is not None:
             columns = decided if proposal.draft_token_ids is None else decided[:, proposal.draft_token_ids]
-            overlap = torch.minimum(columns, proposal.draft_probs[: len(decided)]).sum()
-            stats.overlap_sum += float(overlap)
-            stats.num_overlaps += len(decided)
+            rates = {
+                kind: float(rate.sum())
+                for kind, rate in standing_rates(columns, proposal.draft_probs[: len(decided)]).items()
+            }
+            stats.compare(rates, len(decided))
+            self.on_compared(proposal, rates, len(decided))
         request.num_drafts += 1
         request.num_draft_tokens += count
         request.num_accepted_tokens += accepted

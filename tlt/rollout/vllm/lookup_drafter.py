@@ -26,7 +26,7 @@ class LookupDrafter:
                     self.runner.input_batch.token_ids_cpu[request.row, : request.num_tokens],
                     min_match=MIN_MATCH, max_match=MAX_MATCH, max_tokens=request.num_draft_tokens,
                 ).tolist(),
-                is_random=request.temperature > 0,
+                temperature=request.temperature,
             )
             for request in requests
         }  # fmt: skip

@@ -18,12 +18,13 @@ from tlt.drafter.model import EagleHead, load_head
 from tlt.drafter.router import SUFFIX, DraftRouter
 from tlt.rollout.vllm.drafting import Agree, Drafting, EngineDrafter, NoHiddenStates, request_name
 from tlt.rollout.vllm.learned_drafter import LearnedDrafter, output_name
-from tlt.rollout.vllm.ledger import DraftLedger
+from tlt.rollout.vllm.ledger import DraftLedger, Proposal
 from tlt.rollout.vllm.lookup_drafter import LookupDrafter
 from tlt.rollout.vllm.routing import NO_PRICES, AdaptiveRouting
 from tlt.rollout.vllm.suffix_drafter import SuffixDrafter, compile_kernels
 from tlt.rollout.vllm.token_pool import TokenPool
 from tlt.spec.cost_model import CostModel
+from tlt.spec.draft_kind import kind_choice
 from tlt.spec.policy import parse_policy
 from tlt.spec.strategy import ADAPTIVE, HEADS, StrategyPolicy
 from tlt.spec.watchdog import Watchdog
@@ -45,6 +46,8 @@ class SpecPlan:
     """Of all strategies that the policy may choose."""
     heads: Mapping[str, EagleHead]
     """Learned drafters by name."""
+    tp_size: int = 1
+    """Ranks of a replica."""
 
     @property
     def max_draft_tokens(self) -> int:
@@ -76,7 +79,7 @@ def read_spec_plan(config: SpecConfig, *, target_config: dict, dtype: torch.dtyp
             "--spec-drafts sampled needs --rollout-tensor-parallel-size 1: ranks that round differently would accept "
             "different tokens; coupled has no such trouble"
         )
-    return SpecPlan(config=config, policy=policy, methods=methods, heads=heads)
+    return SpecPlan(config=config, policy=policy, methods=methods, heads=heads, tp_size=tp_size)
 
 
 class NoSpeculation:
@@ -147,7 +150,9 @@ class Speculation:
             compile_kernels()
         drafters: dict[str, EngineDrafter] = {"prompt_lookup": LookupDrafter(runner), SUFFIX: self.suffix}
         self.heads = {
-            name: LearnedDrafter(head, runner, pool, name=name, drafts=plan.config.drafts)
+            name: LearnedDrafter(
+                head, runner, pool, name=name, kinds=kind_choice(plan.config.drafts, tp_size=plan.tp_size)
+            )
             for name, head in plan.heads.items()
         }
         self.learned = self.heads.get(LEARNED)
@@ -166,6 +171,7 @@ class Speculation:
         self.routing = AdaptiveRouting(self.router, self.suffix, list(self.heads.values()), agree=agree)
         self.drafting.router = self.routing
         self.ledger.on_verified = self.routing.verified
+        self.ledger.on_compared = self._compared
         for name, learned in self.heads.items():
             learned.on_pass = partial(self.costs.observe_pass, name)
         self.begin([])
@@ -237,6 +243,9 @@ class Speculation:
                 policy_version=policy_version,
             )
         )
+
+    def _compared(self, proposal: Proposal, rates: dict[str, float], num_positions: int) -> None:
+        self.heads[proposal.drafter].kinds.observe(proposal.temperature, rates, num_positions)
 
     def load_drafter(self, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
         """Swap the learned drafter's weights, between two engine steps, while requests run or not."""

@@ -62,7 +62,7 @@ class SuffixDrafter:
                 token_ids=found.token_ids[:count].tolist(),
                 confidences=found.probs[:count],
                 match_length=found.match_length,
-                is_random=request.temperature > 0,
+                temperature=request.temperature,
             )
         return proposals
 
