@@ -1,4 +1,4 @@
-"""Spans of what each rank did when, one JSON line each: the timeline of a rollout's tail is drawn from them."""
+"""What each rank did when, one JSON line a span: tlt/timeline draws runs from them."""
 
 import json
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Trace:
-    """Appends `{"name", "rank", "begin_s", "end_s", ...}` to `<folder>/rank<rank>.jsonl` when a span ends.
+    """Appends `{"name", "rank", "begin_s", "end_s", ...}` to `<folder>/rank<rank>.jsonl`, a span's when it ends.
 
     Times are seconds of the wall clock since the epoch, so that ranks can be laid over each other. Spans nest; one
     that ends by an exception is written too, with the exception's type under `error`.
@@ -29,8 +29,12 @@ class Trace:
             outcome = {"error": type(error).__name__}
             raise
         finally:
-            record = {"name": name, "rank": self.rank, "begin_s": begin_s, "end_s": time.time()}
-            self.file.write(json.dumps(record | attributes | outcome) + "\n")
+            self.record(name, begin_s=begin_s, end_s=time.time(), **attributes, **outcome)
+
+    def record(self, name: str, *, begin_s: float, end_s: float, **attributes: float | str | list[int]) -> None:
+        """Write what happened between two times that were taken elsewhere."""
+        times = {"begin_s": begin_s, "end_s": end_s}
+        self.file.write(json.dumps({"name": name, "rank": self.rank, **times, **attributes}) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -42,9 +46,8 @@ class NoTrace(Trace):
     def __init__(self):
         self.rank = 0
 
-    @contextmanager
-    def span(self, name: str, **attributes: float | str) -> Iterator[None]:
-        yield
+    def record(self, name: str, *, begin_s: float, end_s: float, **attributes: float | str | list[int]) -> None:
+        pass
 
     def close(self) -> None:
         pass

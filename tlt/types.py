@@ -191,6 +191,12 @@ class EngineStats:
     """Requests that ran in each engine step."""
     step_s: list[float] = field(default_factory=list)
     """Seconds of each engine step."""
+    step_begin_s: list[float] = field(default_factory=list)
+    """Wall-clock second at which each engine step began."""
+    step_drafts: list[int] = field(default_factory=list)
+    """Drafts that each engine step verified."""
+    step_accepted: list[int] = field(default_factory=list)
+    """Draft tokens that stood in each engine step."""
     acceptance: dict = field(default_factory=dict)
     """`AcceptanceStats` (tlt/spec/acceptance.py) of each drafter, by name."""
     plan_s: float = 0.0

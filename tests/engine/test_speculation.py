@@ -151,7 +151,11 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_fil
     speculation.drafting.router = adaptive
     speculation.policy = FixedStrategy(parse_strategy("adaptive:6", "test"))
     check("adaptive")
-    assert {"eagle", "eagle2", "suffix"} & set(engine.stats().acceptance)
+    stats = engine.stats()
+    assert {"eagle", "eagle2", "suffix"} & set(stats.acceptance)
+    assert len(stats.step_begin_s) == len(stats.step_drafts) == len(stats.step_accepted) == stats.num_engine_steps
+    assert sum(stats.step_drafts) == sum(each.num_drafts for each in stats.acceptance.values()) > 0
+    assert sum(stats.step_accepted) == sum(sum(each.accepted) for each in stats.acceptance.values()) > 0
     engine.close()
 
 

@@ -35,6 +35,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
         "config", "evaluation", "interrupt", "metrics", "parallel", "progress", "protocols", "rl", "rollout",
         "run_state", "trace", "types",
     },
+    "timeline": set(),
     "workload": set(),
     "spec": BASE,
     "spot": BASE | {"parallel", "protocols", "trace"},

@@ -57,6 +57,7 @@ class RolloutCollector:
                     prompts, sampling, group_size=group_size, seed=seed, on_finished=self.rewards.submit
                 )
             is_scored = self.engine.is_replica_leader
+            trace_steps(self.trace, self.engine.stats())
         except RolloutInterrupted:
             self.rewards.abandon()
             groups, is_scored = [], False
@@ -84,6 +85,20 @@ class RolloutCollector:
             for rollout in group.rollouts:
                 self.history.add(group.prompt.problem_key, rollout.token_ids, policy_version=rollout.policy_version)
         return groups, rollout_metrics(reports) | self.tail.publish()
+
+
+def trace_steps(trace: Trace, stats: EngineStats) -> None:
+    """One record of all engine steps of a rollout, `engine_steps`: when each began (milliseconds after the first),
+    requests that ran in it, and, where anything was drafted, drafts it verified and draft tokens that stood."""
+    if not stats.step_s:
+        return
+    begin_s = stats.step_begin_s[0]
+    drafting = {"drafts": stats.step_drafts, "accepted": stats.step_accepted} if any(stats.step_drafts) else {}
+    trace.record(
+        "engine_steps", begin_s=begin_s, end_s=stats.step_begin_s[-1] + stats.step_s[-1],
+        begin_ms=[round(1e3 * (each - begin_s)) for each in stats.step_begin_s], running=stats.running_requests,
+        **drafting,
+    )  # fmt: skip
 
 
 def in_order(prompts: Sequence[Prompt], reports: Sequence[ReplicaReport]) -> list[RolloutGroup]:

@@ -199,12 +199,16 @@ class VLLMRolloutEngine:
                 raise RolloutInterrupted
             num_running = min(self.scheduler.get_num_unfinished_requests(), self.config.max_num_seqs)
             self.speculation.before_step(num_running)
+            self._stats.step_begin_s.append(time.time())
             begin_s = time.perf_counter()
             outputs = self.engine.step()
             self._stats.step_s.append(time.perf_counter() - begin_s)
             self.speculation.after_step(self._stats.step_s[-1])
             self._stats.num_engine_steps += 1
             self._stats.running_requests.append(len(self.scheduler.running))
+            verified = self.speculation.ledger.take_step()
+            self._stats.step_drafts.append(verified.num_drafts)
+            self._stats.step_accepted.append(verified.num_accepted_tokens)
             waiting = {request.request_id for request in self.scheduler.waiting if request.status.name == "PREEMPTED"}
             self._stats.num_preemptions += len(waiting - preempted)
             preempted = waiting

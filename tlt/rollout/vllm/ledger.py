@@ -40,10 +40,18 @@ class Proposal:
 
 
 @dataclass
-class RequestCount:
+class DraftCount:
+    """Verified drafts of one request, or of one engine step."""
+
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+
+    def count(self, num_drafted: int, num_accepted: int) -> None:
+        """One verification."""
+        self.num_drafts += 1
+        self.num_draft_tokens += num_drafted
+        self.num_accepted_tokens += num_accepted
 
 
 class DraftLedger:
@@ -58,8 +66,14 @@ class DraftLedger:
         """Start counting anew."""
         self.proposals: dict[str, Proposal] = {}
         self.stats: dict[str, AcceptanceStats] = defaultdict(AcceptanceStats)
-        self.requests: dict[str, RequestCount] = defaultdict(RequestCount)  # by name, which vLLM's ids are not
+        self.requests: dict[str, DraftCount] = defaultdict(DraftCount)  # by name, which vLLM's ids are not
+        self._step = DraftCount()
         self.plan_s = 0.0  # spent on deciding who drafts
+
+    def take_step(self) -> DraftCount:
+        """What was verified since this was last asked."""
+        step, self._step = self._step, DraftCount()
+        return step
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Their proposals were verified or dropped. Those of requests that vLLM held back a step stay."""
@@ -104,9 +118,8 @@ class DraftLedger:
             }
             stats.compare(rates, len(decided))
             self.on_compared(proposal, rates, len(decided))
-        request.num_drafts += 1
-        request.num_draft_tokens += count
-        request.num_accepted_tokens += accepted
+        request.count(count, accepted)
+        self._step.count(count, accepted)
         self.on_verified(proposal, accepted)
 
 
