@@ -161,7 +161,7 @@ def test_no_strategy_changes_a_token(tmp_path, kind):
 
 def test_no_strategy_changes_a_token_on_two_tensor_parallel_ranks(tmp_path):
     folder = write_tiny_model("llama", tmp_path, **PEAKED)
-    head = write_head(tmp_path / "head", folder)
+    head = write_head(tmp_path / "head", folder, aux_layers=AUX_LAYERS)
     write_head(tmp_path / "head2", folder, seed=2)
     run_ranks(_plain, 1, folder, tmp_path / "plain.pt", 1)
     run_ranks(_identity, 2, folder, head, tmp_path / "plain.pt", 2)
