@@ -337,8 +337,9 @@ def main() -> int:
     from tlt.config import RolloutConfig
 
     rollout = RolloutConfig(
-        max_model_len=args.max_model_len, max_response_tokens=args.max_tokens, max_num_seqs=args.max_num_seqs
-    )
+        max_model_len=args.max_model_len, max_response_tokens=args.max_tokens, max_num_seqs=args.max_num_seqs,
+        enforce_eager=bool(setup.plan.aux_layers),  # a compiled model gives out its last hidden state alone
+    )  # fmt: skip
     engine = make_engine(
         rollout, hf_model=args.model, dtype=args.dtype, plan=setup.plan, stop_token_ids=setup.stop_token_ids
     )  # fmt: skip
