@@ -71,6 +71,10 @@ class SpecStrategy:
 OFF = SpecStrategy(method="off", num_draft_tokens=0)
 
 
+LAST, AUX = "last_hidden_states", "aux_hidden_states"
+"""Fields of a HiddenStateSample of which a drafter reads one; what an engine keeps of each token has their names."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HiddenStateSample:
     """The target's hidden states over one sequence: training data of a drafter. S tokens, H hidden."""
@@ -80,6 +84,7 @@ class HiddenStateSample:
     num_prompt_tokens: int
     last_hidden_states: torch.Tensor  # [S - 1, H] engine dtype, CPU: after the final norm, at the first S - 1 tokens
     policy_version: int
+    aux_hidden_states: torch.Tensor | None = None  # [S - 1, 3 H]: of three layers; None where no drafter reads them
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ Responses come from the rollout engine with its hidden-state tap, so there is no
 share of the time, training the rest. Under torchrun each rank generates with an engine of its own and all train one
 head together. Held-out prompts are answered too and not trained on: acceptance on them goes to standard error and to
 training.json beside the head. The head drafts in this project's engine (--spec-drafter), and in stock vLLM with method
-`eagle`, where it may draft all tokens (docs/drafter.md).
+`eagle`, where it may draft all tokens (docs/drafter.md); one with --aux-layers in this project's alone.
 """
 
 import argparse
@@ -48,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out-prompts", type=int, default=64, help="of all ranks (default: 64)")
     parser.add_argument("--num-draft-tokens", type=int, default=4, metavar="K", help="of the evaluation (default: 4)")
     parser.add_argument("--draft-vocabulary", type=int, default=512, metavar="N", help="0 drafts all (default: 512)")
+    parser.add_argument(
+        "--aux-layers", metavar="default|I,J,K",
+        help="layers whose hidden states the head reads in the place of the last one (EAGLE-3), as vLLM numbers them; "
+        "they are kept besides it, in three times its memory (docs/drafter.md)",
+    )  # fmt: skip
     parser.add_argument("--temperature", type=float, default=1.0, help="default: 1.0")
     parser.add_argument("--max-tokens", type=int, default=768, help="of a response (default: 768)")
     parser.add_argument("--max-model-len", type=int, default=1024, help="default: 1024")
@@ -67,6 +72,9 @@ class Setup:
     stream: object
     """`next_batch(n)` gives prompts, the held-out ones first."""
     plan: object
+    """SpecPlan of an engine without heads that keeps what the new one reads."""
+    init: object
+    """EagleHead of --init, or None."""
     stop_token_ids: list
     drafter: object
     """DrafterConfig"""
@@ -111,6 +119,8 @@ def read_setup(args: argparse.Namespace) -> Setup:
     from tlt.build import stop_token_ids
     from tlt.config import DataConfig, DrafterConfig, SpecConfig, read_hf_config, require
     from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions
+    from tlt.drafter.aux_layers import parse_aux_layers
+    from tlt.drafter.model import load_head
     from tlt.rollout.vllm.speculation import read_spec_plan
 
     require((args.minutes is None) != (args.train_tokens is None), "--minutes", args.minutes, "this or --train-tokens")
@@ -119,6 +129,7 @@ def read_setup(args: argparse.Namespace) -> Setup:
     require(args.temperature > 0, "--temperature", args.temperature, "above 0")
     require(args.held_out_prompts >= 1, "--held-out-prompts", args.held_out_prompts, "at least 1")
     require(args.max_tokens < args.max_model_len, "--max-tokens", args.max_tokens, "below --max-model-len")
+    require(not (args.init and args.aux_layers), "--aux-layers", args.aux_layers, "left to the head of --init")
     hf_config = read_hf_config(args.model)
     data = DataConfig(
         train=tuple(args.sources or ("prompts",)), weights=tuple(args.weights) if args.weights else None,
@@ -130,11 +141,16 @@ def read_setup(args: argparse.Namespace) -> Setup:
         stream = PromptFile(args.prompts, builder, num_held_out=args.held_out_prompts)
     else:
         stream = PromptStream(data, builder, seed=args.seed, excluded=excluded_questions(args.exclude))
+    layers, init = parse_aux_layers(args.aux_layers, "--aux-layers", num_layers=hf_config["num_hidden_layers"]), None
+    if args.init:
+        init = load_head(args.init, flag="--init", target_config=hf_config, dtype=torch.float32)
+        layers = init.aux_layers
     spec = SpecConfig(hidden_states_mib=args.hidden_states_mib)
+    plan = read_spec_plan(spec, target_config=hf_config, dtype=getattr(torch, args.dtype), tp_size=1)
     fields = {name.partition(".")[2]: value for name, value in vars(args).items() if name.startswith("drafter.")}
     return Setup(
-        target_config=hf_config, stream=stream, drafter=DrafterConfig(**fields),
-        plan=read_spec_plan(spec, target_config=hf_config, dtype=getattr(torch, args.dtype), tp_size=1),
+        target_config=hf_config, stream=stream, drafter=DrafterConfig(**fields), init=init,
+        plan=replace(plan, aux_layers=layers),
         stop_token_ids=stop_token_ids(Path(args.model), hf_config, tokenizer),
     )  # fmt: skip
 
@@ -206,7 +222,7 @@ def make_trainer(args: argparse.Namespace, setup: Setup, samples: list):
     import torch
     import torch.distributed as dist
 
-    from tlt.drafter.model import EagleHead, HeadShape, initialize, load_head
+    from tlt.drafter.model import EagleHead, HeadShape, initialize
     from tlt.drafter.trainer import DrafterTrainer, Target
     from tlt.drafter.vocabulary import draft_vocabulary
     from tlt.rollout.vllm.speculation import read_weight
@@ -223,13 +239,14 @@ def make_trainer(args: argparse.Namespace, setup: Setup, samples: list):
     dist.all_reduce(counts)
     dist.all_reduce(moments)
     hidden_std = float((moments[2] / moments[0] - (moments[1] / moments[0]) ** 2).sqrt())
-    if args.init:
-        head = load_head(args.init, flag="--init", target_config=setup.target_config, dtype=torch.float32)
+    if setup.init is not None:
+        head = setup.init
         ids = head.draft_token_ids
         coverage = 1.0 if ids is None else float(counts[ids].sum() / counts.sum())
     else:
         ids, coverage = draft_vocabulary(counts, args.draft_vocabulary) if args.draft_vocabulary else (None, 1.0)
-        head = EagleHead(HeadShape.of_target(setup.target_config), draft_token_ids=ids)
+        shape = HeadShape.of_target(setup.target_config)
+        head = EagleHead(shape, draft_token_ids=ids, aux_layers=setup.plan.aux_layers)
         read = embedding[counts > 0].float()
         initialize(head, seed=args.seed, hidden_std=hidden_std, embedding_std=float(read.std()))
     target = Target(
@@ -320,8 +337,9 @@ def main() -> int:
     from tlt.config import RolloutConfig
 
     rollout = RolloutConfig(
-        max_model_len=args.max_model_len, max_response_tokens=args.max_tokens, max_num_seqs=args.max_num_seqs
-    )
+        max_model_len=args.max_model_len, max_response_tokens=args.max_tokens, max_num_seqs=args.max_num_seqs,
+        enforce_eager=bool(setup.plan.aux_layers),  # a compiled model gives out its last hidden state alone
+    )  # fmt: skip
     engine = make_engine(
         rollout, hf_model=args.model, dtype=args.dtype, plan=setup.plan, stop_token_ids=setup.stop_token_ids
     )  # fmt: skip

@@ -65,6 +65,7 @@ def test_one_process_goes_on_from_a_head_with_prompts_and_a_time(model, tmp_path
     first = run(
         "--model", model, "--prompts", prompts, "--out", tmp_path / "a", *SMALL, "--generate-tokens", 300,
         "--train-tokens", 500, "--held-out-prompts", 4, "--draft-vocabulary", 512, "--num-draft-tokens", 3,
+        "--aux-layers", "0,2,3",
     )  # fmt: skip
     assert first.returncode == 0, first.stderr[-3000:]
     check(tmp_path / "a", model, vocabulary=512, held_out=4)
@@ -74,6 +75,8 @@ def test_one_process_goes_on_from_a_head_with_prompts_and_a_time(model, tmp_path
     )  # fmt: skip
     assert second.returncode == 0, second.stderr[-3000:]
     report = check(tmp_path / "b", model, vocabulary=512, held_out=4)
+    for folder in ("a", "b"):  # the second head reads what the first one did
+        assert json.loads((tmp_path / folder / "config.json").read_text())["aux_hidden_state_layers"] == [0, 2, 3]
     # What is left of the minute after the engine's start, on a machine of any speed.
     assert report["train_s"] < 60
 
@@ -86,6 +89,7 @@ def test_one_process_goes_on_from_a_head_with_prompts_and_a_time(model, tmp_path
         (["--sources", SUMS, "--minutes", "1", "--generate-frac", "1"], "--generate-frac must be in (0, 1)"),
         (["--prompts", "nowhere.jsonl", "--minutes", "1"], "--prompts must be a JSONL file"),
         (["--sources", SUMS, "--minutes", "1", "--drafter-lr", "0"], "--drafter-lr must be above 0"),
+        (["--sources", SUMS, "--minutes", "1", "--aux-layers", "1,2,5"], "--aux-layers must be 3 rising numbers"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(model, tmp_path, arguments, message):

@@ -67,7 +67,9 @@ def check_feed(feed: Feed, learned: LearnedDrafter, samples: list) -> int:
     embedding = learned.runner.get_model().model.embed_tokens.weight
     num = 0
     for sample in samples:
-        batch = pack([whole(sample)], num_depths=1)
+        batch = pack([whole(sample)], num_depths=1, reads=learned.head.reads)
+        with torch.no_grad():
+            states = learned.head.fuse(batch.hidden_states)
         for start, row in zip(batch.starts.tolist(), batch.start_rows.tolist(), strict=True):
             assert int(batch.row_position_ids[row]) == start
         for position in batch.position_ids.tolist():
@@ -77,7 +79,7 @@ def check_feed(feed: Feed, learned: LearnedDrafter, samples: list) -> int:
             num += 1
             assert token == int(batch.next_token_ids[position])
             # A step that verifies drafts computes the same states in other batches: fp32 rounding of four layers.
-            torch.testing.assert_close(hidden, batch.hidden_states[position], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(hidden, states[position], rtol=1e-4, atol=1e-4)
         with torch.no_grad():
             (depth,) = unroll(learned.head, batch, embedding, num_depths=1)
         for output, start in zip(depth.output, batch.starts.tolist(), strict=True):
@@ -195,6 +197,13 @@ def repetitive(folder: Path) -> None:
             tensors[name] = 0.01 * tensors[name]
     tensors["model.norm.weight"] = 0.4 * tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_training_inputs_and_offline_acceptance_of_a_head_of_three_layers_are_the_engines(tmp_path):
+    folder = write_tiny_model("llama", tmp_path, initializer_range=0.2)
+    repetitive(folder)
+    head = write_head(tmp_path / "head", folder, draft_token_ids=torch.arange(300), aux_layers=(1, 2, 3))
+    run_ranks(_aligned, 1, folder, head, tmp_path)
 
 
 def test_training_inputs_offline_acceptance_and_the_exported_head_are_the_engines(tmp_path):

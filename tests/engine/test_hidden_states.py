@@ -2,15 +2,17 @@
 into chunks or preempted; and a drafter that was off drafts afterwards what it would have drafted had it been on."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.distributed.ranks import run_ranks
 from tests.engine.engines import generate, make_engine, make_prompts, tokens
-from tests.engine.test_speculation import PEAKED, EveryStep, write_head
+from tests.engine.test_speculation import AUX_LAYERS, PEAKED, EveryStep, write_head
 from tests.tiny_models import write_tiny_model
 from tlt.config import SpecConfig
+from tlt.drafter.aux_layers import parse_aux_layers
 from tlt.rollout.vllm.learned_drafter import LearnedDrafter
 from tlt.spec.strategy import FixedStrategy, parse_strategy
 from tlt.types import OFF, SamplingConfig
@@ -21,13 +23,16 @@ pytestmark = pytest.mark.engine
 SAMPLING = SamplingConfig(temperature=1.0, max_response_tokens=100, ignore_eos=True)
 
 
-def clean_prefill(model, token_ids: torch.Tensor) -> torch.Tensor:
+def clean_prefill(model, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[S, H] of the last layer after the norm, [S, 3 H] that enter `AUX_LAYERS`."""
     with torch.no_grad():
-        return model.model(token_ids[None].long()).last_hidden_state[0]
+        found = model.model(token_ids[None].long(), output_hidden_states=True)
+    return found.last_hidden_state[0], torch.cat([found.hidden_states[layer][0] for layer in AUX_LAYERS], dim=1)
 
 
 def _hidden_states(rank: int, world_size: int, folder: Path, head: Path, crowded: bool) -> None:
     from transformers import AutoModelForCausalLM
+    from vllm.model_executor.models.interfaces import SupportsEagle3
 
     limits = {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 14, "max_num_seqs": 16} if crowded else {}
     engine = make_engine(
@@ -55,19 +60,23 @@ def _hidden_states(rank: int, world_size: int, folder: Path, head: Path, crowded
             assert tuple(sample.token_ids.tolist()) == texts.pop(sample.request_id)
             assert sample.num_prompt_tokens in {len(prompt.token_ids) for prompt in prompts}
             assert sample.policy_version == engine.policy_version
-            expected = clean_prefill(model, sample.token_ids)[:-1]
-            assert sample.last_hidden_states.shape == expected.shape
+            expected, expected_aux = (states[:-1] for states in clean_prefill(model, sample.token_ids))
             # fp32 of another implementation; a state that is off by one position or rejected differs by 1
             torch.testing.assert_close(sample.last_hidden_states, expected, rtol=1e-3, atol=2e-3)
+            torch.testing.assert_close(sample.aux_hidden_states, expected_aux, rtol=1e-3, atol=2e-3)
         assert not texts
     assert (engine.stats().num_preemptions > 0) == crowded
+    default = SupportsEagle3.get_eagle3_default_aux_hidden_state_layers
+    for num_layers in (7, 12, 30):
+        target = SimpleNamespace(model=SimpleNamespace(layers=range(num_layers)))
+        assert parse_aux_layers("default", "test", num_layers=num_layers) == default(target)
     engine.close()
 
 
 @pytest.mark.parametrize("crowded", [False, True])
 def test_hidden_states_are_those_of_a_clean_prefill(tmp_path, crowded):
     folder = write_tiny_model("llama", tmp_path, **PEAKED)
-    run_ranks(_hidden_states, 1, folder, write_head(tmp_path / "head", folder), crowded)
+    run_ranks(_hidden_states, 1, folder, write_head(tmp_path / "head", folder, aux_layers=AUX_LAYERS), crowded)
 
 
 def _catches_up(rank: int, world_size: int, folder: Path, head: Path) -> None:

@@ -33,11 +33,15 @@ SAMPLINGS = (
     SamplingConfig(temperature=1.0, top_k=20, max_response_tokens=40, ignore_eos=True),
 )
 PEAKED = {"initializer_range": 0.25}  # logits of a size at which drafts can be right
+AUX_LAYERS = (0, 1, 3)  # of four
 
 
-def write_head(folder: Path, target: Path, *, seed: int = 1, draft_token_ids: torch.Tensor | None = None) -> Path:
+def write_head(
+    folder: Path, target: Path, *, seed: int = 1, draft_token_ids: torch.Tensor | None = None,
+    aux_layers: tuple[int, ...] = (),
+) -> Path:  # fmt: skip
     config = read_hf_config(str(target))
-    head = EagleHead(HeadShape.of_target(config), draft_token_ids=draft_token_ids)
+    head = EagleHead(HeadShape.of_target(config), draft_token_ids=draft_token_ids, aux_layers=aux_layers)
     initialize(head, seed=seed)
     save_head(head, folder, target_config=config)
     return folder
@@ -114,6 +118,8 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_fil
         folder, spec=SpecConfig(strategy="eagle:6", drafter=(str(head), f"{head}2")), tensor_parallel_size=tp_size
     )  # fmt: skip
     expected, prompts, speculation = torch.load(expected_file), make_prompts(4), engine.speculation
+    # Nothing is kept that neither head reads.
+    assert set(speculation.drafting.pool.states) == {one.head.reads for one in speculation.heads.values()}
 
     def check(label: str) -> None:
         for sampling, plain in zip(SAMPLINGS, expected, strict=True):
@@ -162,15 +168,18 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_fil
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_no_strategy_changes_a_token(tmp_path, kind):
     folder = write_tiny_model(kind, tmp_path, **PEAKED)
-    head = write_head(tmp_path / "head", folder, draft_token_ids=torch.arange(0, 512, 2) if kind == "qwen3" else None)
-    write_head(tmp_path / "head2", folder, seed=2, draft_token_ids=torch.arange(0, 512, 3))
+    ids = torch.arange(0, 512, 2) if kind == "qwen3" else None
+    head = write_head(tmp_path / "head", folder, draft_token_ids=ids, aux_layers=AUX_LAYERS)
+    # With a head of the last layer beside that of three, and with another head of the same three alone.
+    layers = AUX_LAYERS if kind == "qwen3" else ()
+    write_head(tmp_path / "head2", folder, seed=2, draft_token_ids=torch.arange(0, 512, 3), aux_layers=layers)
     run_ranks(_plain, 1, folder, tmp_path / "plain.pt", 1)
     run_ranks(_identity, 1, folder, head, tmp_path / "plain.pt", 1)
 
 
 def test_no_strategy_changes_a_token_on_two_tensor_parallel_ranks(tmp_path):
     folder = write_tiny_model("llama", tmp_path, **PEAKED)
-    head = write_head(tmp_path / "head", folder)
+    head = write_head(tmp_path / "head", folder, aux_layers=AUX_LAYERS)
     write_head(tmp_path / "head2", folder, seed=2)
     run_ranks(_plain, 1, folder, tmp_path / "plain.pt", 1)
     run_ranks(_identity, 2, folder, head, tmp_path / "plain.pt", 2)

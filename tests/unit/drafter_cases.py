@@ -1,5 +1,7 @@
 """A small head of random weights, its target and samples for the tests of drafter training."""
 
+from dataclasses import replace
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -15,6 +17,7 @@ CONFIG = {
     "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "vocab_size": VOCABULARY, "model_type": "llama",
     "rope_theta": 1e4,
 }  # fmt: skip
+AUX_LAYERS = (1, 4, 7)
 
 
 def make_sample(length: int, num_prompt_tokens: int, *, seed: int) -> HiddenStateSample:
@@ -30,13 +33,21 @@ SAMPLES = [make_sample(n, p, seed=n) for n, p in ((9, 3), (20, 5), (3, 1), (31, 
 PIECES = [whole(sample) for sample in SAMPLES]
 
 
+def with_aux_states(sample: HiddenStateSample) -> HiddenStateSample:
+    """States of three layers besides, of very different sizes, as those of a residual stream are."""
+    generator = torch.Generator().manual_seed(len(sample.token_ids))
+    states = torch.randn(len(sample.token_ids) - 1, 3, HIDDEN, generator=generator)
+    return replace(sample, aux_hidden_states=(states * torch.tensor([0.1, 3.0, 40.0])[:, None]).flatten(1))
+
+
 def make_target() -> Target:
     embedding = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(7))
     return Target(embedding=embedding, output_weight=0.3 * embedding[::2], temperature=0.8)
 
 
-def make_trainer(seed: int = 1, group=None, **config) -> DrafterTrainer:
-    head = EagleHead(HeadShape.of_target(CONFIG), draft_token_ids=torch.arange(0, VOCABULARY, 2))
+def make_trainer(seed: int = 1, group=None, aux_layers: tuple[int, ...] = (), **config) -> DrafterTrainer:
+    ids = torch.arange(0, VOCABULARY, 2)
+    head = EagleHead(HeadShape.of_target(CONFIG), draft_token_ids=ids, aux_layers=aux_layers)
     initialize(head, seed=3)
     config = {"starts_per_step": 64, "num_depths": 3, "deep_frac": 1.0, "micro_step_ms": 60_000, **config}
     return DrafterTrainer(head, DrafterConfig(**config), target=make_target(), seed=seed, group=group)
@@ -65,7 +76,8 @@ def drafted_one_by_one(
     `LearnedDrafter` does: one pass over all verified positions, then one token at a time on its own output."""
     cache = EngineCache()
     verified = target.embedding[sample.token_ids[1 : start + 2].long()]
-    outputs = [head(verified, sample.last_hidden_states[: start + 1], torch.arange(start + 1), cache)[-1:]]
+    states = head.fuse(getattr(sample, head.reads)[: start + 1])
+    outputs = [head(verified, states, torch.arange(start + 1), cache)[-1:]]
     for step, token in enumerate(tokens, start=1):
         outputs.append(head(target.embedding[[token]], outputs[-1], torch.tensor([start + step]), cache))
     return torch.cat(outputs)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.unit.drafter_cases import make_trainer
+from tests.unit.drafter_cases import make_trainer, with_aux_states
 from tlt.drafter.batch import whole
 from tlt.drafter.buffer import NUM_STRATA, HiddenStateBuffer, num_bytes
 from tlt.types import HiddenStateSample
@@ -124,6 +124,21 @@ def test_a_buffer_is_saved_and_read_back(tmp_path, max_bytes):
     else:
         assert 0 < len(other) < len(buffer)
         assert any(s.policy_version == 2 for s in other)
+
+
+def test_states_of_three_layers_are_counted_and_kept(tmp_path):
+    buffer, plain = HiddenStateBuffer(10**9), sample(9, 1)
+    buffer.add(with_aux_states(plain))
+    buffer.add(plain)
+    assert num_bytes(plain) == 4 * (9 + 8 * HIDDEN)
+    assert buffer.num_bytes == 2 * num_bytes(plain) + 4 * 8 * 3 * HIDDEN
+    torch.save(buffer.state_dict(), tmp_path / "buffer.pt")
+    other = HiddenStateBuffer(10**9)
+    other.load_state_dict(torch.load(tmp_path / "buffer.pt"))
+    first, second = other
+    assert torch.equal(first.aux_hidden_states, with_aux_states(plain).aux_hidden_states)
+    assert second.aux_hidden_states is None
+    assert other.num_bytes == buffer.num_bytes
 
 
 def test_length_classes_are_of_equal_number():

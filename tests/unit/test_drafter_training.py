@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import smooth_l1_loss
 
 from tests.unit.drafter_cases import (
+    AUX_LAYERS,
     HIDDEN,
     PIECES,
     SAMPLES,
@@ -19,6 +20,7 @@ from tests.unit.drafter_cases import (
     make_sample,
     make_target,
     make_trainer,
+    with_aux_states,
 )  # fmt: skip
 from tlt.config import DrafterConfig
 from tlt.drafter.batch import Piece, cut, micro_batches, pack, shuffled_steps, starts_of, whole
@@ -72,10 +74,12 @@ def test_a_pass_has_every_start_once_however_it_is_cut():
     assert cut(whole(make_sample(2, 2, seed=0)), 5) == []
 
 
-def test_every_depth_is_what_drafting_token_by_token_gives():
-    trainer, num_depths = make_trainer(), 4
-    pieces = [part for piece in PIECES[:3] for part in cut(piece, 8)]
-    batch = pack(pieces, num_depths=num_depths)
+@pytest.mark.parametrize("aux_layers", [(), AUX_LAYERS])
+def test_every_depth_is_what_drafting_token_by_token_gives(aux_layers):
+    trainer, num_depths = make_trainer(aux_layers=aux_layers), 4
+    pieces = [part for piece in map(whole, map(with_aux_states, SAMPLES[:3])) for part in cut(piece, 8)]
+    batch = pack(pieces, num_depths=num_depths, reads=trainer.head.reads)
+    assert batch.hidden_states.shape[1] == (3 * HIDDEN if aux_layers else HIDDEN)
     starts = [(piece.sample, start) for piece in pieces for start in range(piece.first, piece.end)]
     deep = torch.rand(len(starts), generator=torch.Generator().manual_seed(0)) < 0.7
     with torch.no_grad():
@@ -114,6 +118,27 @@ def test_loss_and_gradient_do_not_depend_on_packing(deep_frac):
         assert other == pytest.approx(sums, rel=1e-5)
         for a, b in zip(expected, found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # fp32 sums in another order
+
+
+def test_a_head_of_three_layers_is_trained_on_them_and_for_the_last_hidden_state():
+    trainer = make_trainer(aux_layers=AUX_LAYERS)
+    samples = [with_aux_states(sample) for sample in SAMPLES]
+    before = {name: parameter.detach().clone() for name, parameter in trainer.head.named_parameters()}
+    sums, gradient = gradients(trainer, [whole(sample) for sample in samples], 100)
+    assert all(bool(one.any()) for one in gradient)
+    trainer.step([whole(sample) for sample in samples])
+    assert not torch.equal(trainer.head.fuse.weight, before["fuse.weight"])
+    # The last hidden states are what it is compared with, and no input.
+    changed = [replace(sample, last_hidden_states=sample.last_hidden_states.roll(1, 0)) for sample in samples]
+    outputs = []
+    for some in (samples, changed):
+        batch = pack([whole(sample) for sample in some[:2]], num_depths=2, reads=trainer.head.reads)
+        outputs.append(unroll(trainer.head, batch, trainer.target.embedding, num_depths=2)[1].output)
+    assert torch.equal(*outputs)
+    other, _ = gradients(make_trainer(aux_layers=AUX_LAYERS), [whole(sample) for sample in changed], 100)
+    assert other["loss"] != pytest.approx(sums["loss"], rel=1e-3)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        make_trainer().micro_step([whole(replace(s, last_hidden_states=s.aux_hidden_states)) for s in samples[:2]])
 
 
 def test_positions_count_by_their_weights():

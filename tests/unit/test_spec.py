@@ -3,15 +3,19 @@
 import pytest
 import torch
 
+from tests.unit.drafter_cases import CONFIG
+from tlt.config import SpecConfig
 from tlt.drafter.buffer import HiddenStateBuffer, num_bytes
+from tlt.drafter.model import EagleHead, HeadShape, save_head
 from tlt.rollout.vllm.ledger import DraftLedger, Proposal
+from tlt.rollout.vllm.speculation import SpecPlan, read_spec_plan
 from tlt.spec.acceptance import AcceptanceStats
 from tlt.spec.lossless import REFUSED, refuse_lossy
 from tlt.spec.policy import parse_policy
 from tlt.spec.strategy import FixedStrategy, parse_strategy
 from tlt.spec.verification import REJECTED
 from tlt.spec.watchdog import Watchdog
-from tlt.types import OFF, HiddenStateSample, SpecStrategy
+from tlt.types import AUX, LAST, OFF, HiddenStateSample, SpecStrategy
 
 
 def test_strategies_are_parsed_and_printed():
@@ -200,3 +204,25 @@ def test_the_buffer_never_exceeds_its_bytes_and_drops_the_oldest():
     buffer.add(sample("too long", 1000))
     assert len(buffer) == 0 or "too long" not in [one.request_id for one in buffer]
     assert not HiddenStateBuffer(0).is_open
+
+
+def test_an_engine_keeps_the_hidden_states_that_its_heads_and_its_buffer_read(tmp_path):
+    target = CONFIG | {"num_hidden_layers": 8}
+    folders = {}
+    for name, layers in (("last", ()), ("three", (1, 4, 7)), ("others", (2, 4, 7))):
+        head = EagleHead(HeadShape.of_target(CONFIG), aux_layers=layers)
+        save_head(head, tmp_path / name, target_config=target)
+        folders[name] = str(tmp_path / name)
+
+    def plan(*names: str, mib: int = 0) -> SpecPlan:
+        config = SpecConfig(drafter=tuple(folders[name] for name in names), hidden_states_mib=mib)
+        return read_spec_plan(config, target_config=target, dtype=torch.float32, tp_size=1)
+
+    assert plan().kept_states() == {}
+    assert plan(mib=1).kept_states() == plan("last").kept_states() == plan("last", mib=1).kept_states() == {LAST: 1}
+    assert plan("three").kept_states() == plan("three", "three").kept_states() == {AUX: 3}
+    assert plan("three", mib=1).kept_states() == plan("last", "three").kept_states() == {LAST: 1, AUX: 3}
+    assert plan("last", "three").aux_layers == (1, 4, 7)
+    assert plan("last").aux_layers == ()
+    with pytest.raises(ValueError, match="--spec-drafter: heads that read three layers must read the same ones"):
+        plan("three", "last", "others")

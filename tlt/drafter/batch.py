@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tlt.types import HiddenStateSample
+from tlt.types import LAST, HiddenStateSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class DrafterBatch:
     """Pieces of one pack. No position sees another piece (`bounds`), none is padding."""
 
     next_token_ids: torch.Tensor  # [T] int64: token t + 1
-    hidden_states: torch.Tensor  # [T, H] float32, at t
+    hidden_states: torch.Tensor  # [T, H] or [T, 3 H] float32, at t: those that the head reads
     position_ids: torch.Tensor  # [T] int64: t
     bounds: tuple[tuple[int, int], ...]
     """Where each piece begins and ends in T."""
@@ -68,8 +68,13 @@ def cut(piece: Piece, max_starts: int) -> list[Piece]:
     return [replace(piece, first=first, end=end) for first, end in zip(edges[:-1], edges[1:], strict=True)]
 
 
-def pack(pieces: Sequence[Piece], *, num_depths: int, device: torch.device | str = "cpu") -> DrafterBatch:
-    """All pieces, whole, with targets for drafts of `num_depths` tokens. ValueError without a piece."""
+def pack(
+    pieces: Sequence[Piece], *, num_depths: int, reads: str = LAST, device: torch.device | str = "cpu"
+) -> DrafterBatch:  # fmt: skip
+    """All pieces, whole, with targets for drafts of `num_depths` tokens. ValueError without a piece.
+
+    `reads` is the head's: the samples' field that it is given.
+    """
     if not pieces:
         raise ValueError("a pack needs a piece")
     bounds, rows, room = [], [], []
@@ -84,7 +89,7 @@ def pack(pieces: Sequence[Piece], *, num_depths: int, device: torch.device | str
     ends = [piece.end for piece in pieces]
     fields = {
         "next_token_ids": [s.token_ids[1 : end + 1].long() for s, end in zip(samples, ends, strict=True)],
-        "hidden_states": [s.last_hidden_states[:end].float() for s, end in zip(samples, ends, strict=True)],
+        "hidden_states": [getattr(s, reads)[:end].float() for s, end in zip(samples, ends, strict=True)],
         "position_ids": [torch.arange(end) for end in ends],
         "starts": [
             begin + torch.arange(piece.first, piece.end) for piece, (begin, _) in zip(pieces, bounds, strict=True)

@@ -106,21 +106,17 @@ class HiddenStateBuffer:
 
     def state_dict(self) -> dict:
         """Samples and what is known of lengths; for `torch.save`."""
-        fields = [
-            (s.request_id, s.token_ids, s.num_prompt_tokens, s.last_hidden_states, s.policy_version) for s in self
-        ]
-        return {"samples": fields, "lengths": dict(self._lengths), "num_dropped": self.num_dropped}
+        return {
+            "samples": [dict(vars(sample)) for sample in self],
+            "lengths": dict(self._lengths),
+            "num_dropped": self.num_dropped,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Take the place of what is held; a smaller buffer keeps what it would have kept."""
         self._samples, self._lengths, self.num_bytes = {}, {}, 0
-        for request_id, token_ids, num_prompt_tokens, hidden, version in state["samples"]:
-            self.add(
-                HiddenStateSample(
-                    request_id=request_id, token_ids=token_ids, num_prompt_tokens=num_prompt_tokens,
-                    last_hidden_states=hidden, policy_version=version,
-                )
-            )  # fmt: skip
+        for fields in state["samples"]:
+            self.add(HiddenStateSample(**fields))
         self._lengths = {version: list(lengths) for version, lengths in state["lengths"].items()}
         self.num_dropped = state["num_dropped"]
 
@@ -132,5 +128,4 @@ def stratum(sample: HiddenStateSample, edges: list[int]) -> int:
 
 def num_bytes(sample: HiddenStateSample) -> int:
     """Of a sample's tensors."""
-    tensors: tuple[torch.Tensor, ...] = (sample.token_ids, sample.last_hidden_states)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(value.nbytes for value in vars(sample).values() if isinstance(value, torch.Tensor))

@@ -132,7 +132,7 @@ class _Drafts:
     """Of all starts of one text: whether each token is the text's, and min(1, q / p) of the text's token."""
 
     def __init__(self, head: EagleHead, text: SampledText, *, target: Target, num_draft_tokens: int):
-        batch = pack([whole(text.sample)], num_depths=num_draft_tokens)
+        batch = pack([whole(text.sample)], num_depths=num_draft_tokens, reads=head.reads)
         num_starts = len(batch.starts)
         self.one_hot, self.coupled = torch.zeros(2, num_starts, num_draft_tokens, dtype=torch.bool)
         self.ratios = torch.zeros(num_draft_tokens, num_starts)

@@ -82,7 +82,8 @@ class HeadLearner:
     def _expected(self, piece: Piece) -> float:
         """Expected accepted tokens of drafts of the present weights that begin at a piece's starts."""
         target, num_depths = self.trainer.target, self.trainer.config.num_depths
-        batch = pack([piece], num_depths=num_depths, device=target.output_weight.device)
+        reads = self.trainer.head.reads
+        batch = pack([piece], num_depths=num_depths, reads=reads, device=target.output_weight.device)
         target_probs = target_distribution(
             batch.target_hidden_states, target.output_weight, temperature=self.temperature
         ).probs

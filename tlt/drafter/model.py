@@ -5,6 +5,9 @@ position t the input is the target's last hidden state h_t (after its final norm
 the output takes the place of h_{t+1}, so the LM head on it predicts token t + 2. Weight names and shapes are those of
 vLLM's method `eagle` (a Llama layer without input norm), whatever the target's architecture.
 
+A head with `aux_layers` reads three layers of the target instead of the last one, fused to H (Li et al., EAGLE-3,
+arXiv 2503.01840); what it reads of its own outputs, and all that follows, is the same. Stock vLLM does not load it.
+
 Shapes: T tokens, H hidden, D head dimension.
 """
 
@@ -20,6 +23,8 @@ from torch import nn
 from torch.nn.functional import rms_norm, silu
 
 from tlt.config.architecture import head_dim, rope_parameters
+from tlt.drafter.aux_layers import NUM_AUX_LAYERS, check_aux_layers
+from tlt.types import AUX, LAST
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q [T, heads, D], k and v [T, key-value heads, D]) -> [T, heads, D]: over packed sequences, or an engine's cache."""
@@ -30,6 +35,8 @@ Rows = torch.Tensor
 WEIGHTS = "model.safetensors"
 DRAFT_TOKEN_IDS = "draft_token_ids"
 """List in config.json: tokens that may be drafted; without it all may. Not a tensor, which stock vLLM would refuse."""
+AUX_LAYERS = "aux_hidden_state_layers"
+"""List in config.json: numbers of the layers that are read (aux_layers.py); without it the last hidden state is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,21 +150,42 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class EagleHead(nn.Module):
-    """`fc` and one layer. `draft_token_ids` names the tokens it may draft (None: all)."""
+class Fuse(nn.Linear):
+    """[T, 3 H] states of three layers -> [T, H]. Each is scaled to a root mean square of 1 first, as the final norm
+    does with the last one: the residual stream grows by orders of magnitude over the layers."""
 
-    def __init__(self, shape: HeadShape, *, draft_token_ids: torch.Tensor | None = None):
+    def __init__(self, shape: HeadShape):
+        super().__init__(NUM_AUX_LAYERS * shape.hidden_size, shape.hidden_size, bias=False)
+        self.eps = shape.rms_norm_eps
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        states = states.unflatten(-1, (NUM_AUX_LAYERS, -1))
+        return super().forward(rms_norm(states, states.shape[-1:], eps=self.eps).flatten(-2))
+
+
+class EagleHead(nn.Module):
+    """`fc` and one layer. `draft_token_ids` names the tokens it may draft (None: all).
+
+    `fuse` makes of the target's states that are read ([T, H] of `reads` LAST, [T, 3 H] of AUX) what `forward` takes.
+    """
+
+    def __init__(
+        self, shape: HeadShape, *, draft_token_ids: torch.Tensor | None = None, aux_layers: tuple[int, ...] = ()
+    ):  # fmt: skip
         super().__init__()
         self.shape = shape
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=False)
         self.layers = nn.ModuleList([Layer(shape)])
         self.rotary = Rotary(shape)
         self.draft_token_ids = draft_token_ids
+        self.aux_layers = aux_layers
+        self.reads = AUX if aux_layers else LAST
+        self.fuse = Fuse(shape) if aux_layers else nn.Identity()
 
     def forward(
         self,
         embeddings: torch.Tensor,  # [T, H] of token t + 1
-        hidden_states: torch.Tensor,  # [T, H] of the target at t, after its final norm, or this head's own
+        hidden_states: torch.Tensor,  # [T, H] fused, of the target at t, or this head's own
         position_ids: torch.Tensor,  # [T]: t
         attend: Attend,
         rows: Rows | None = None,
@@ -184,13 +212,15 @@ def initialize(head: EagleHead, *, seed: int, hidden_std: float = 1.0, embedding
             std = parameter.shape[1] ** -0.5
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std *= 0.2
+            if name.startswith("fuse."):
+                std *= hidden_std  # the head's own outputs, which take this one's place, will be of that size
             parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
         head.fc.weight[:, : head.shape.hidden_size] *= hidden_std / embedding_std
 
 
 def save_head(head: EagleHead, folder: Path, *, target_config: dict) -> None:
-    """Write a Hugging Face directory that stock vLLM loads with method `eagle`, which drafts over all tokens: those
-    that this head may not draft too."""
+    """Write a Hugging Face directory. Without `aux_layers` stock vLLM loads it with method `eagle`, and drafts over
+    all tokens: those that this head may not draft too."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in head.state_dict().items()}
     config = {
@@ -201,6 +231,8 @@ def save_head(head: EagleHead, folder: Path, *, target_config: dict) -> None:
     }  # fmt: skip
     if head.draft_token_ids is not None:
         config[DRAFT_TOKEN_IDS] = head.draft_token_ids.tolist()
+    if head.aux_layers:
+        config[AUX_LAYERS] = list(head.aux_layers)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     partial = folder / (WEIGHTS + ".tmp")
     save_file(tensors, partial)
@@ -217,8 +249,13 @@ def load_head(folder: Path, *, flag: str, target_config: dict, dtype: torch.dtyp
             f"{flag} {folder}: its hidden size {config['hidden_size']} is not the target's "
             f"({target_config['hidden_size']})"
         )
-    ids = config.get(DRAFT_TOKEN_IDS)
-    head = EagleHead(HeadShape.of_target(config), draft_token_ids=None if ids is None else torch.tensor(ids))
+    ids, layers = config.get(DRAFT_TOKEN_IDS), config.get(AUX_LAYERS, ())
+    if AUX_LAYERS in config:
+        what = f"{flag} {folder / 'config.json'}: {AUX_LAYERS}"
+        layers = check_aux_layers(layers, what, num_layers=target_config["num_hidden_layers"])
+    head = EagleHead(
+        HeadShape.of_target(config), draft_token_ids=None if ids is None else torch.tensor(ids), aux_layers=layers
+    )  # fmt: skip
     missing, unexpected = head.load_state_dict(read_tensors(folder), strict=False)
     if missing or unexpected:
         raise ValueError(f"{flag} {folder}: weights missing {missing}, not of an EAGLE head {unexpected}")

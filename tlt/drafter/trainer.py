@@ -145,7 +145,9 @@ class DrafterTrainer:
     def micro_step(self, pieces: Sequence[Piece]) -> dict[str, torch.Tensor]:
         """Forward and backward over these pieces; gradients add up until `step` ends. Sums of the metrics."""
         begin_s = time.perf_counter()
-        batch = pack(pieces, num_depths=self.config.num_depths, device=self.target.output_weight.device)
+        batch = pack(
+            pieces, num_depths=self.config.num_depths, reads=self.head.reads, device=self.target.output_weight.device
+        )  # fmt: skip
         loss, sums = self.loss(batch)
         loss.backward()
         self._adapt(len(batch.starts), time.perf_counter() - begin_s)

@@ -37,8 +37,9 @@ def unroll(
     """
     attention = ChainAttention(batch)
     output = head(
-        embed(embedding, batch.next_token_ids), batch.hidden_states, batch.position_ids, attention, rows=batch.starts
-    )
+        embed(embedding, batch.next_token_ids), head.fuse(batch.hidden_states), batch.position_ids, attention,
+        rows=batch.starts,
+    )  # fmt: skip
     starts = torch.arange(len(batch.starts), device=output.device)
     depths = [Depth(output=output, starts=starts, rows=batch.start_rows)]
     goes_on = torch.ones_like(starts, dtype=torch.bool) if deep is None else deep

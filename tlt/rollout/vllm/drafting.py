@@ -15,7 +15,7 @@ import torch
 from tlt.rollout.vllm.learned_drafter import DraftRequest
 from tlt.rollout.vllm.ledger import DraftLedger, Proposal
 from tlt.rollout.vllm.routing import OneForAll, Router
-from tlt.types import OFF
+from tlt.types import AUX, LAST, OFF
 
 SEED, NAME = "seed", "name"
 """Keys of a request's seed and name in `SamplingParams.extra_args`."""
@@ -67,7 +67,7 @@ class EngineDrafter(Protocol):
 class NoHiddenStates:
     """Stands for a token pool where no one needs hidden states."""
 
-    def write(self, slots: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    def write(self, slots: torch.Tensor, computed: Mapping[str, Sequence[torch.Tensor]]) -> None:
         """Nothing."""
 
 
@@ -108,7 +108,9 @@ class Drafting:
     ) -> list[list[int]]:  # fmt: skip
         """[B] lists of draft tokens; the runner's own method has these arguments."""
         num_tokens = scheduler_output.total_num_scheduled_tokens
-        self.pool.write(common_attn_metadata.slot_mapping[:num_tokens], hidden_states[:num_tokens])
+        self.pool.write(
+            common_attn_metadata.slot_mapping[:num_tokens], {LAST: [hidden_states], AUX: aux_hidden_states}
+        )  # fmt: skip
         gone = [*scheduler_output.finished_req_ids, *scheduler_output.scheduled_cached_reqs.resumed_req_ids]
         for drafter in self.drafters.values():
             drafter.forget(gone)

@@ -91,6 +91,9 @@ class VLLMRolloutEngine:
         self.replica_group = self._make_replica_group() if self.tp_size > 1 else None
 
         self.on_gpu = torch.cuda.is_available()
+        if spec.aux_layers and self.on_gpu and not config.enforce_eager:
+            # vLLM decides what a compiled model gives out before its speculation is installed here.
+            raise ValueError("--spec-drafter: a head that reads three layers needs --rollout-enforce-eager on a GPU")
         num_threads = torch.get_num_threads()
         self.llm = LLM(
             model=hf_model,

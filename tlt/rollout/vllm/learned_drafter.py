@@ -206,9 +206,9 @@ class LearnedDrafter:
         rows = torch.tensor([request.row for request in requests])[index]
         next_tokens = torch.from_numpy(self.runner.input_batch.token_ids_cpu[rows.numpy(), position.numpy() + 1])
         slots = self.pool.slots(block_table, index, position)
+        hidden = self.head.fuse(self.pool.at(self.head.reads, slots))
         output = self._forward(
-            next_tokens.long(), self.pool.hidden_states[slots], position, slots, block_table, counts,
-            torch.tensor(ends, dtype=torch.int32),
+            next_tokens.long(), hidden, position, slots, block_table, counts, torch.tensor(ends, dtype=torch.int32)
         )  # fmt: skip
         self._num_cached.update(zip((request.request_id for request in requests), ends, strict=True))
         return output[counts.cumsum(0) - 1]

@@ -28,7 +28,7 @@ from tlt.spec.draft_kind import kind_choice
 from tlt.spec.policy import parse_policy
 from tlt.spec.strategy import ADAPTIVE, HEADS, StrategyPolicy
 from tlt.spec.watchdog import Watchdog
-from tlt.types import EngineStats, HiddenStateSample, Prompt
+from tlt.types import AUX, LAST, EngineStats, HiddenStateSample, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,22 @@ class SpecPlan:
     """Learned drafters by name."""
     tp_size: int = 1
     """Ranks of a replica."""
+    aux_layers: tuple[int, ...] = ()
+    """That the engine keeps hidden states of, besides the last one (tlt/drafter/aux_layers.py)."""
 
     @property
     def max_draft_tokens(self) -> int:
         """0 leaves vLLM without any code of speculation; hidden states alone are recorded through the same seam."""
         return max(self.policy.max_draft_tokens, int(self.config.hidden_states_mib > 0))
+
+    def kept_states(self) -> dict[str, int]:
+        """Hidden states that are kept of every token, by name: of how many layers. {} if no one reads any."""
+        names = {head.reads for head in self.heads.values()}
+        if self.config.hidden_states_mib > 0:
+            names |= {LAST, AUX}  # the last one gives the distribution that a drafter is trained for
+        return {
+            name: count for name, count in ((LAST, 1), (AUX, len(self.aux_layers))) if name in names and count > 0
+        }  # fmt: skip
 
 
 def read_spec_plan(config: SpecConfig, *, target_config: dict, dtype: torch.dtype, tp_size: int) -> SpecPlan:
@@ -79,7 +90,13 @@ def read_spec_plan(config: SpecConfig, *, target_config: dict, dtype: torch.dtyp
             "--spec-drafts sampled needs --rollout-tensor-parallel-size 1: ranks that round differently would accept "
             "different tokens; coupled has no such trouble"
         )
-    return SpecPlan(config=config, policy=policy, methods=methods, heads=heads, tp_size=tp_size)
+    layers = sorted({head.aux_layers for head in heads.values()} - {()})
+    if len(layers) > 1:
+        raise ValueError(f"--spec-drafter: heads that read three layers must read the same ones, got {layers}")
+    return SpecPlan(
+        config=config, policy=policy, methods=methods, heads=heads, tp_size=tp_size,
+        aux_layers=layers[0] if layers else ()
+    )  # fmt: skip
 
 
 class NoSpeculation:
@@ -143,8 +160,11 @@ class Speculation:
         self.ledger = DraftLedger()
         self.buffer = HiddenStateBuffer(plan.config.hidden_states_mib * 2**20)
         self.watchdog = Watchdog(collapse_frac=plan.config.collapse_frac)
-        needs_pool = bool(plan.heads) or self.buffer.is_open
-        pool = TokenPool(runner) if needs_pool else NoHiddenStates()
+        kept = plan.kept_states()
+        pool = TokenPool(runner, kept) if kept else NoHiddenStates()
+        if AUX in kept:
+            runner.use_aux_hidden_state_outputs = True
+            runner.get_model().set_aux_hidden_state_layers(plan.aux_layers)
         self.suffix = SuffixDrafter(runner, history)
         if plan.methods & {SUFFIX, ADAPTIVE}:
             compile_kernels()
@@ -239,8 +259,8 @@ class Speculation:
                 request_id=name,
                 token_ids=torch.tensor(token_ids, dtype=torch.int32),
                 num_prompt_tokens=num_prompt_tokens,
-                last_hidden_states=self.drafting.pool.read(row, len(token_ids) - 1),
                 policy_version=policy_version,
+                **self.drafting.pool.read(row, len(token_ids) - 1),
             )
         )
 
