@@ -1,5 +1,10 @@
-"""Run a function on `world_size` gloo ranks of this CPU and report the rank that failed first."""
+"""Run a function on `world_size` gloo ranks of this CPU and report the rank that failed first.
 
+A rank is a process of its own, forked from a server that has imported torch, Megatron and vLLM already and has done
+nothing else (preload.py): the imports alone would take most of a small test's time.
+"""
+
+import multiprocessing
 import os
 import tempfile
 import time
@@ -10,6 +15,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+multiprocessing.set_forkserver_preload(["tests.distributed.preload"])
+
+
+def start_method() -> str:
+    """Of processes. Whether CUDA can be used is found out while vLLM is imported, and CUDA does not survive a fork."""
+    return "spawn" if torch.cuda.is_available() else "forkserver"
 
 
 def _rank_main(rank, fn, world_size, folder, args):
@@ -33,7 +45,9 @@ def run_ranks(fn, world_size: int, *args) -> None:
     """Call `fn(rank, world_size, *args)` in `world_size` processes; `fn` must be importable (top level)."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.spawn(_rank_main, args=(fn, world_size, folder, args), nprocs=world_size)
+            mp.start_processes(
+                _rank_main, args=(fn, world_size, folder, args), nprocs=world_size, start_method=start_method()
+            )
         except mp.ProcessRaisedException:
             first = min(path for path in Path(folder).iterdir() if "-rank" in path.name)
             raise AssertionError(f"{first.name.partition('-')[2]} failed first:\n{first.read_text()}") from None

@@ -70,26 +70,27 @@ def test_kills_in_rollout_update_and_save_lose_at_most_the_current_iteration(tin
     save = tmp_path / "run"
     arguments = runs.flags(tiny_models["llama"], save)
 
-    process = runs.start(arguments)  # evaluation, then iteration 1; killed while iteration 2 rolls out
+    # Evaluation, then iteration 1; killed while iteration 2 rolls out.
+    process = runs.ForkedRun("pretrain_rl", arguments)
     runs.wait_until(lambda: (save / "iter_0000001").exists(), process)
     time.sleep(0.1)
     runs.kill(process)
     process.wait()
     assert not (save / "iter_0000002").exists()
 
-    process = runs.start(arguments)
+    process = runs.ForkedRun("pretrain_rl", arguments)
     updates = runs.spans(save, "old_logprobs")
     runs.wait_until(lambda: runs.spans(save, "old_logprobs") > updates, process)
     runs.kill(process)  # iteration 2 has its old logprobs, its optimizer steps begin
     process.wait()
     assert not (save / "iter_0000002").exists()
 
-    process = runs.start(arguments)
+    process = runs.ForkedRun("pretrain_rl", arguments)
     runs.wait_until(lambda: (save / "iter_0000003.tmp").exists(), process)
     runs.kill(process)  # iteration 3 is being saved
     process.wait()
 
-    process = runs.start(arguments)
+    process = runs.ForkedRun("pretrain_rl", arguments)
     output = runs.finish(process)
     assert process.returncode == 0, output[-3000:]
     assert runs.records(save) == runs.records(undisturbed), "resume = no resume, to the last bit"
@@ -118,9 +119,7 @@ def test_a_signal_saves_the_last_complete_iteration_and_ends(tiny_models, tmp_pa
 )
 def test_layouts_of_policy_and_rollout_are_independent(tiny_models, undisturbed, tmp_path, layout, num_ranks):
     save = tmp_path / "run"
-    process = runs.start(runs.flags(tiny_models["llama"], save, train_iters=1, **layout), num_ranks)
-    output = runs.finish(process)
-    assert process.returncode == 0, output[-3000:]
+    runs.run_forked("pretrain_rl", runs.flags(tiny_models["llama"], save, train_iters=1, **layout), num_ranks)
     got, expected = runs.records(save)[1], runs.records(undisturbed)[1]
     # The same rollouts (fp32, the same seeds), the same update: sums in another order
     for name in ("rl/reward", "policy/entropy", "policy/grad_norm", "rollout/response_tokens_mean"):

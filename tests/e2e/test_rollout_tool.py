@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import ROOT, SUMS, finish, flags, records, start
+from tests.e2e.runs import ROOT, SUMS, flags, records, run_forked
 from tests.engine.test_speculation import PEAKED, write_head
 from tests.tiny_models import write_tiny_model
+from tools import rollout
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
@@ -48,11 +49,8 @@ def test_rollout_gives_the_same_responses_with_and_without_speculation(model, he
     common = ["--model", str(model), "--prompts", str(prompts), "--dtype", "float32", "--n", "2", "--max-tokens", "40"]
     plain = run("rollout.py", *common, "--out", str(tmp_path / "plain.jsonl"))
     assert plain.returncode == 0, plain.stderr[-2000:]
-    drafted = run(
-        "rollout.py", *common, "--out", str(tmp_path / "drafted.jsonl"), "--drafter", str(head), "--spec-strategy",
-        "eagle:3",
-    )  # fmt: skip
-    assert drafted.returncode == 0, drafted.stderr[-2000:]
+    drafting = ["--drafter", str(head), "--spec-strategy", "eagle:3"]
+    drafted = run_forked("tools.rollout", [*common, "--out", tmp_path / "drafted.jsonl", *drafting], 1)
     first, second = lines(tmp_path / "plain.jsonl"), lines(tmp_path / "drafted.jsonl")
     assert len(first) == 6
     assert [line["token_ids"] for line in first] == [line["token_ids"] for line in second]
@@ -60,7 +58,7 @@ def test_rollout_gives_the_same_responses_with_and_without_speculation(model, he
     assert all(len(line["logprobs"]) == len(line["token_ids"]) for line in second)
     assert {line["drafter"]["num_drafts"] for line in first} == {0}
     assert min(line["drafter"]["num_draft_tokens"] for line in second) > 0
-    assert "eagle/acceptance_length" in drafted.stderr
+    assert "eagle/acceptance_length" in drafted
 
 
 @pytest.mark.parametrize(
@@ -68,20 +66,29 @@ def test_rollout_gives_the_same_responses_with_and_without_speculation(model, he
     [
         (["--spec-strategy", "eagle:4"], "needs --spec-drafter"),
         (["--max-tokens", "5000"], "--max-tokens must be below the context of 512 tokens"),
-        (["--engine-args", '{"min_p": 0.1}'], "must not set min_p"),
         (["--n", "0"], "--n must be at least 1"),
     ],
 )
-def test_rollout_refuses_bad_input_in_one_line(model, tmp_path, arguments, message):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
-    result = run(
-        "rollout.py", "--model", str(model), "--prompts", str(tmp_path / "p.jsonl"), "--out",
-        str(tmp_path / "o.jsonl"), *arguments,
-    )  # fmt: skip
-    assert result.returncode == 2
-    (line,) = [row for row in result.stderr.splitlines() if row.startswith("rollout.py: error:")]
+def test_rollout_refuses_bad_input_in_one_line(model, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("sys.argv", ["rollout.py", *small_rollout(model, tmp_path), *arguments])
+    check_refusal(rollout.main(), capsys.readouterr().err, tmp_path, message)
+
+
+def test_rollout_refuses_what_only_the_engine_knows_in_one_line(model, tmp_path):
+    result = run("rollout.py", *small_rollout(model, tmp_path), "--engine-args", '{"min_p": 0.1}')
+    check_refusal(result.returncode, result.stderr, tmp_path, "must not set min_p")
+
+
+def small_rollout(model: Path, folder: Path) -> list[str]:
+    (folder / "p.jsonl").write_text('{"prompt": "x"}\n')
+    return ["--model", str(model), "--prompts", str(folder / "p.jsonl"), "--out", str(folder / "o.jsonl")]
+
+
+def check_refusal(status: int, errors: str, folder: Path, message: str) -> None:
+    assert status == 2
+    (line,) = [row for row in errors.splitlines() if row.startswith("rollout.py: error:")]
     assert message in line
-    assert not (tmp_path / "o.jsonl").exists()
+    assert not (folder / "o.jsonl").exists()
 
 
 def test_the_rollout_benchmark_pairs_strategies(model, head, tmp_path):
@@ -106,7 +113,7 @@ def test_rl_is_the_same_run_with_and_without_speculation(model, head, tmp_path):
     common = {"train_iters": 2, "eval_num_samples": 0, "rollout_max_response_tokens": 60, "rl_optimizer_steps": 1}
     drafting = {"spec_drafter": head, "spec_strategy": "adaptive:4"}
     outputs = [
-        finish(start(flags(model, tmp_path / name, **common, **extra)))
+        run_forked("pretrain_rl", flags(model, tmp_path / name, **common, **extra))
         for name, extra in (("plain", {}), ("spec", drafting))
     ]
     plain, spec = records(tmp_path / "plain"), records(tmp_path / "spec")
@@ -129,7 +136,7 @@ def test_idle_ranks_train_the_drafter_and_the_run_is_the_same(model, head, tmp_p
         "rl_prompts_per_iteration": 4, "drafter_starts_per_step": 32,
     }  # fmt: skip
     outputs = [
-        finish(start(flags(model, tmp_path / name, **common, spot_training=name)), timeout_s=280)
+        run_forked("pretrain_rl", flags(model, tmp_path / name, **common, spot_training=name), timeout_s=280)
         for name in ("off", "on")
     ]
     off, on = records(tmp_path / "off"), records(tmp_path / "on")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.runs import ROOT, SUMS
+from tests.e2e.runs import ROOT, SUMS, run_forked
 from tests.tiny_models import write_tiny_model
 from tlt.config import read_hf_config
 from tlt.drafter.model import load_head
+from tools import train_drafter
 
 pytestmark = pytest.mark.engine
 
@@ -62,18 +63,18 @@ def test_two_ranks_train_one_head_from_sources(model, tmp_path):
 def test_one_process_goes_on_from_a_head_with_prompts_and_a_time(model, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(20)))
-    first = run(
+    first = [
         "--model", model, "--prompts", prompts, "--out", tmp_path / "a", *SMALL, "--generate-tokens", 300,
         "--train-tokens", 500, "--held-out-prompts", 4, "--draft-vocabulary", 512, "--num-draft-tokens", 3,
         "--aux-layers", "0,2,3",
-    )  # fmt: skip
-    assert first.returncode == 0, first.stderr[-3000:]
+    ]  # fmt: skip
+    run_forked("tools.train_drafter", first, 1)
     check(tmp_path / "a", model, vocabulary=512, held_out=4)
-    second = run(
+    second = [
         "--model", model, "--prompts", prompts, "--out", tmp_path / "b", *SMALL, "--minutes", 1.0, "--generate-frac",
         0.1, "--held-out-prompts", 4, "--num-draft-tokens", 3, "--init", tmp_path / "a",
-    )  # fmt: skip
-    assert second.returncode == 0, second.stderr[-3000:]
+    ]  # fmt: skip
+    run_forked("tools.train_drafter", second, 1)
     report = check(tmp_path / "b", model, vocabulary=512, held_out=4)
     for folder in ("a", "b"):  # the second head reads what the first one did
         assert json.loads((tmp_path / folder / "config.json").read_text())["aux_hidden_state_layers"] == [0, 2, 3]
@@ -87,14 +88,23 @@ def test_one_process_goes_on_from_a_head_with_prompts_and_a_time(model, tmp_path
         (["--sources", SUMS], "--minutes must be this or --train-tokens"),
         (["--sources", SUMS, "--train-tokens", "10"], "--generate-tokens must be a number"),
         (["--sources", SUMS, "--minutes", "1", "--generate-frac", "1"], "--generate-frac must be in (0, 1)"),
-        (["--prompts", "nowhere.jsonl", "--minutes", "1"], "--prompts must be a JSONL file"),
         (["--sources", SUMS, "--minutes", "1", "--drafter-lr", "0"], "--drafter-lr must be above 0"),
         (["--sources", SUMS, "--minutes", "1", "--aux-layers", "1,2,5"], "--aux-layers must be 3 rising numbers"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(model, tmp_path, arguments, message):
-    result = run("--model", model, "--out", tmp_path / "out", *SMALL, *arguments)
-    assert result.returncode == 2
-    (line,) = [row for row in result.stderr.splitlines() if row.startswith("train_drafter.py: error:")]
+def test_bad_input_is_refused_in_one_line(model, tmp_path, monkeypatch, capsys, arguments, message):
+    flags = ["--model", str(model), "--out", str(tmp_path / "out"), *SMALL, *arguments]
+    monkeypatch.setattr("sys.argv", ["train_drafter.py", *flags])
+    check_refusal(train_drafter.main(), capsys.readouterr().err, tmp_path, message)
+
+
+def test_a_missing_file_is_refused_in_one_line_by_the_program(model, tmp_path):
+    result = run("--model", model, "--out", tmp_path / "out", *SMALL, "--prompts", "nowhere.jsonl", "--minutes", "1")
+    check_refusal(result.returncode, result.stderr, tmp_path, "--prompts must be a JSONL file")
+
+
+def check_refusal(status: int, errors: str, folder: Path, message: str) -> None:
+    assert status == 2
+    (line,) = [row for row in errors.splitlines() if row.startswith("train_drafter.py: error:")]
     assert message in line
-    assert not (tmp_path / "out").exists()
+    assert not (folder / "out").exists()

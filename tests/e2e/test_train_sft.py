@@ -61,14 +61,12 @@ def test_a_run_learns_writes_a_model_and_resumes_without_a_trace(tiny_models, tm
     assert held_out[-1] < held_out[0] - 0.5
     assert records[1]["sft/tokens"] <= 200
 
-    process = start(flags(tiny_models["llama"], folders[1]))
+    process = runs.ForkedRun("tools.train_sft", flags(tiny_models["llama"], folders[1]))
     runs.wait_until(lambda: (folders[1] / "run" / "iter_0000002").exists(), process)
     runs.kill(process)
     process.wait()
     assert not (folders[1] / "run" / "hf").exists()
-    process = start(flags(tiny_models["llama"], folders[1]))
-    output = runs.finish(process)
-    assert process.returncode == 0, output[-3000:]
+    output = runs.run_forked("tools.train_sft", flags(tiny_models["llama"], folders[1]))
     assert "resumed from" in output
     assert runs.records(folders[1] / "run") == records
     whole, resumed = (tensors(folder / "run" / "hf") for folder in folders)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.e2e.runs import run_forked
 from tests.tiny_models import write_tiny_model
 from tlt.weight_sync.gather import HfDirectory
 
@@ -51,8 +52,7 @@ def test_there_and_back_is_bit_exact(tmp_path, kind, dtype, there, back):
     )  # fmt: skip
     assert first.returncode == 0, first.stderr[-2000:]
     arguments = ["--load", tmp_path / "run", "--hf-model", source, "--out", tmp_path / "out", *layout(back)]
-    second = run("convert_mcore_to_hf.py", *arguments, num_ranks=num_ranks(back))
-    assert second.returncode == 0, second.stderr[-2000:]
+    run_forked("tools.convert_mcore_to_hf", arguments, num_ranks(back))
 
     original, result = HfDirectory(source).owner, HfDirectory(tmp_path / "out").owner
     assert sorted(result) == sorted(original)
