@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions, he
 from tlt.data.source import question_key
 from tlt.drafter.history import SuffixHistory
 from tlt.drafter.learner import HeadLearner
+from tlt.drafter.model import EagleHead
 from tlt.evaluation import Evaluation
 from tlt.interrupt import Interrupt
 from tlt.loop import Run
@@ -41,8 +43,9 @@ from tlt.rollout.collector import RolloutCollector
 from tlt.rollout.groups import GroupSampler
 from tlt.rollout.log import RolloutLog
 from tlt.rollout.vllm.engine import VLLMRolloutEngine, parse_engine_args
-from tlt.rollout.vllm.speculation import read_spec_plan
-from tlt.run_state import Checkpoints, RunState, latest_checkpoint, read_history, read_state
+from tlt.rollout.vllm.learned_drafter import shapes
+from tlt.rollout.vllm.speculation import LEARNED, read_spec_plan
+from tlt.run_state import Checkpoints, RunState, latest_checkpoint, read_history, read_state, read_tail_state
 from tlt.spot.board import TailBoard
 from tlt.spot.training import NoSpotTraining, SpotTraining
 from tlt.trace import Trace
@@ -89,10 +92,14 @@ class Inputs:
             tp_size=rollout.tensor_parallel_size,
         )  # fmt: skip
         self.checkpoint = find_checkpoint(config)
+        self.tail_state: dict = {}
         self.state = RunState(fingerprint=fingerprint(config), prompt_stream=self.prompts.state_dict())
         if self.checkpoint is not None:
             self.state = read_state(self.checkpoint, fingerprint(config))
             self.prompts.load_state_dict(self.state.prompt_stream)
+            if config.spot.training == "on":
+                self.tail_state = read_tail_state(self.checkpoint)
+                check_saved_head(self.tail_state, self.spec.heads, load=config.training.load)
 
 
 def fingerprint(config: RunConfig) -> dict:
@@ -106,6 +113,13 @@ def fingerprint(config: RunConfig) -> dict:
         "--data-exclude": list(data.exclude or ()),
         "--eval-num-prompts": config.eval.num_prompts,
     }
+
+
+def check_saved_head(tail_state: Mapping, heads: Mapping[str, EagleHead], *, load: str) -> None:
+    """Raises ValueError where a checkpoint's head is of another shape than the one whose place it takes."""
+    if tail_state:
+        saved, given = shapes(tail_state["live"]), shapes(dict(heads[LEARNED].named_parameters()))
+        require(saved == given, "--spec-drafter", given, f"of the shape of the head that --load {load} holds, {saved}")
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
@@ -164,6 +178,8 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             logger.info("resumed from %s", inputs.checkpoint)
 
     tail = build_tail_work(config, engine, parallel, interrupt=interrupt, trace=trace)
+    if inputs.checkpoint is not None:
+        tail.load_state_dict(inputs.tail_state)
     rollouts = RolloutCollector(
         engine, rewards, parallel, history=history, tail=tail, interrupt=interrupt, trace=trace
     )
@@ -191,7 +207,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             interval=config.eval.interval,
             train_iters=training.train_iters,
         ),  # fmt: skip
-        checkpoints=build_checkpoints(training, trainer, parallel, history=history, trace=trace),
+        checkpoints=build_checkpoints(training, trainer, parallel, history=history, tail=tail, trace=trace),
         metrics=build_metrics_log(training, inputs.state, parallel),
         trace=trace,
         interrupt=interrupt,
@@ -223,7 +239,7 @@ def build_metrics_log(training: TrainingConfig, state: RunState, parallel: proce
 
 def build_checkpoints(
     training: TrainingConfig, trainer: MegatronPolicyTrainer, parallel: process_groups.Parallel, *,
-    history: SuffixHistory, trace: Trace,
+    history: SuffixHistory, tail: TailWork, trace: Trace,
 ) -> Checkpoints:  # fmt: skip
     """Of the run in --save."""
     return Checkpoints(
@@ -231,6 +247,7 @@ def build_checkpoints(
         trainer=trainer,
         parallel=parallel,
         history=history,
+        tail=tail,
         trace=trace,
         interval=training.save_interval,
         retain=training.save_retain,

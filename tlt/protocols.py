@@ -110,6 +110,12 @@ class TailWork(Protocol):
     def publish(self) -> dict[str, float]:
         """All ranks met: share what came of it; metrics. Collective over all ranks."""
 
+    def state_dict(self) -> dict:
+        """What a resumed run goes on with, tensors and plain values; {} for nothing. One rank's is enough."""
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on with what `state_dict` gave; {} leaves all as it is. All ranks must call with the same state."""
+
 
 class DrafterLearner(Protocol):
     """A drafter's trainer, as the rank that idles uses it."""
@@ -127,6 +133,15 @@ class DrafterLearner(Protocol):
 
     def published(self) -> dict[str, torch.Tensor]:
         """Weights to draft with."""
+
+    def begin_from(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from these weights."""
+
+    def state_dict(self) -> dict:
+        """What a resumed training needs."""
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Take the place of what is held; a rank's own order of samples stays."""
 
 
 class PromptSource(Protocol):

@@ -18,9 +18,10 @@ from typing import TextIO
 import numpy as np
 
 from tlt.disk import flush_to_disk
+from tlt.drafter.checkpoint import load_checkpoint, write_atomically
 from tlt.drafter.history import SuffixHistory
 from tlt.parallel import Parallel
-from tlt.protocols import PolicyTrainer
+from tlt.protocols import PolicyTrainer, TailWork
 from tlt.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ FORMAT = 1
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "run_state.json"
 HISTORY = "history.npz"
+TAIL = "tail_work.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,19 @@ def read_history(checkpoint: Path, history: SuffixHistory) -> None:
         history.load_state_dict({k: v if k == "token_ids" else v.tolist() for k, v in arrays.items()})
 
 
+def write_tail_state(checkpoint: Path, tail: TailWork) -> None:
+    """Save what ranks work on in the tail into a checkpoint, where that is anything."""
+    state = tail.state_dict()
+    if state:
+        write_atomically(state, checkpoint / TAIL)
+
+
+def read_tail_state(checkpoint: Path) -> dict:
+    """What `write_tail_state` saved, on the CPU; {} where nothing was: older checkpoints, or no work in the tail."""
+    path = checkpoint / TAIL
+    return load_checkpoint(path) if path.is_file() else {}
+
+
 def claim(folder: Path) -> TextIO:
     """Hold the run's folder for as long as the returned file is open; RuntimeError if another process holds it.
 
@@ -107,13 +122,14 @@ class Checkpoints:
     """Saves on schedule and on request, keeps the newest few."""
 
     def __init__(
-        self, folder: Path, *, trainer: PolicyTrainer, parallel: Parallel, history: SuffixHistory, trace: Trace,
-        interval: int, retain: int, train_iters: int,
+        self, folder: Path, *, trainer: PolicyTrainer, parallel: Parallel, history: SuffixHistory, tail: TailWork,
+        trace: Trace, interval: int, retain: int, train_iters: int,
     ):  # fmt: skip
         self.folder = folder
         self.trainer = trainer
         self.parallel = parallel
         self.history = history
+        self.tail = tail
         self.trace = trace
         self.interval = interval
         self.retain = retain
@@ -150,6 +166,7 @@ class Checkpoints:
         record = {"format": FORMAT, **dataclasses.asdict(state)}
         (partial / STATE).write_text(json.dumps(record, indent=1))
         write_history(partial, self.history)
+        write_tail_state(partial, self.tail)
         for path in partial.iterdir():
             flush_to_disk(path)
         shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from an earlier checkpoint

@@ -75,6 +75,7 @@ def build(config, inputs: SftInputs):
     from tlt.provenance import write_run_record
     from tlt.rl.losses import LikelihoodObjective
     from tlt.sft.loop import HeldOut, SftRun
+    from tlt.spot.training import NoSpotTraining
     from tlt.trace import Trace
     from tlt.types import SamplingConfig
 
@@ -102,7 +103,9 @@ def build(config, inputs: SftInputs):
             sequences=inputs.held_out, interval=config.sft.eval_interval, train_iters=training.train_iters
         ),
         policy_trainer=trainer,
-        checkpoints=build_checkpoints(training, trainer, parallel, history=SuffixHistory(0), trace=trace),
+        checkpoints=build_checkpoints(
+            training, trainer, parallel, history=SuffixHistory(0), tail=NoSpotTraining(), trace=trace
+        ),
         metrics=build_metrics_log(training, inputs.state, parallel),
         trace=trace,
         interrupt=interrupt,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from tests.e2e.runs import ROOT, SUMS, flags, records, run_forked
 from tests.engine.test_speculation import PEAKED, write_head
 from tests.tiny_models import write_tiny_model
+from tlt.run_state import read_tail_state
 from tools import rollout
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
@@ -148,3 +150,11 @@ def test_idle_ranks_train_the_drafter_and_the_run_is_the_same(model, head, tmp_p
     assert not any(name.startswith("spot/") for record in off for name in record)
     assert sum(record.get("spot/steps", 0) for record in on) >= 1, outputs[1][-3000:]
     assert all(record["spot/failed_ranks"] == 0 for record in on[1:])
+
+    # Resumed from its second checkpoint, the run drafts with the head that it had then.
+    save = tmp_path / "on"
+    shutil.rmtree(save / "iter_0000003")
+    version = read_tail_state(save / "iter_0000002")["version"]
+    output = finish(start(flags(model, save, **common, spot_training="on")), timeout_s=280)
+    assert f"the drafter goes on as version {version}" in output, output[-3000:]
+    assert records(save)[3]["spec/drafter_version"] == version

@@ -157,11 +157,7 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_fil
     speculation.drafting.router = adaptive
     speculation.policy = FixedStrategy(parse_strategy("adaptive:6", "test"))
     check("adaptive")
-    stats = engine.stats()
-    assert {"eagle", "eagle2", "suffix"} & set(stats.acceptance)
-    assert len(stats.step_begin_s) == len(stats.step_drafts) == len(stats.step_accepted) == stats.num_engine_steps
-    assert sum(stats.step_drafts) == sum(each.num_drafts for each in stats.acceptance.values()) > 0
-    assert sum(stats.step_accepted) == sum(sum(each.accepted) for each in stats.acceptance.values()) > 0
+    assert {"eagle", "eagle2", "suffix"} & set(engine.stats().acceptance)
     engine.close()
 
 
@@ -217,7 +213,11 @@ def _swaps(rank: int, world_size: int, folder: Path, head_folder: Path) -> None:
         assert {rollout.drafter_version for group in groups for rollout in group.rollouts} <= {
             *range(version, learned.version + 1)
         }
-        lengths[label] = engine.stats().acceptance[LEARNED].acceptance_rate
+        stats = engine.stats()
+        assert len(stats.step_begin_s) == len(stats.step_drafts) == len(stats.step_accepted) == stats.num_engine_steps
+        assert sum(stats.step_drafts) == stats.acceptance[LEARNED].num_drafts
+        assert sum(stats.step_accepted) == sum(stats.acceptance[LEARNED].accepted)
+        lengths[label] = stats.acceptance[LEARNED].acceptance_rate
     assert lengths["random"] < 0.05
     assert lengths["agreeing"] > 0.95
     assert lengths["random"] < lengths["to random in mid-rollout"] < lengths["agreeing"]

@@ -1,7 +1,9 @@
 """A run's folder belongs to one run at a time; the history of responses goes with its checkpoints."""
 
 import pytest
+import torch
 
+from tlt.build import check_saved_head
 from tlt.drafter.history import SuffixHistory
 from tlt.run_state import claim, read_history, write_history
 
@@ -31,3 +33,12 @@ def test_the_history_of_responses_is_saved_and_read(tmp_path, num_responses):
     for each in (history, found):  # both go on alike
         each.add("source/1", [1, 2], policy_version=99)
     assert found.expected_length("source/1") == history.expected_length("source/1")
+
+
+def test_a_saved_head_of_another_shape_is_refused():
+    head = torch.nn.Linear(2, 3)
+    state = {"live": {name: tensor.detach() for name, tensor in head.named_parameters()}, "version": 1}
+    check_saved_head(state, {"eagle": head}, load="run")
+    check_saved_head({}, {}, load="run")
+    with pytest.raises(ValueError, match=r"--spec-drafter must be of the shape of the head that --load run holds"):
+        check_saved_head(state, {"eagle": torch.nn.Linear(2, 4)}, load="run")

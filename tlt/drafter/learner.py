@@ -101,3 +101,18 @@ class HeadLearner:
     def published(self) -> dict[str, torch.Tensor]:
         """Weights to draft with."""
         return self.trainer.published()
+
+    @torch.no_grad()
+    def begin_from(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from these weights, which become their own running average."""
+        self._hold(tensors)
+        for name, average in self.trainer.average.items():
+            average.copy_(tensors[name])
+
+    def state_dict(self) -> dict:
+        """Weights, running average, optimizer and counters."""
+        return self.trainer.state_dict()
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Take the place of what is held. The seed is kept: it tells ranks apart, all of which load one rank's."""
+        self.trainer.load_state_dict({**state, "seed": self.trainer.seed})

@@ -9,7 +9,7 @@ and one that is drained, slow or broken holds no one up: it is back within one m
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -37,6 +37,13 @@ class NoSpotTraining:
     def publish(self) -> dict[str, float]:
         """Nothing is published."""
         return {}
+
+    def state_dict(self) -> dict:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """The head of --spec-drafter drafts, whatever a run before made of it."""
 
 
 def is_held_out(sample: HiddenStateSample, *, every: int) -> bool:
@@ -142,3 +149,20 @@ class SpotTraining:
                 self.engine.load_drafter(self.learner.published(), drafter_version=max(versions) + 1)
                 metrics["spot/published"] = 1.0
         return metrics
+
+    def state_dict(self) -> dict:
+        """The head that drafts, and its trainer unless that has failed: it may hold anything then, NaN included."""
+        state = {"live": self.engine.drafter_tensors(), "version": self.engine.drafter_version}
+        return state if self.has_failed else state | {"learner": self.learner.state_dict()}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Draft and train on with another run's head; {} leaves the head of --spec-drafter. Raises ValueError where
+        it is of another shape. All ranks must call with the same state: then all hold the same weights."""
+        if not state:
+            return
+        self.engine.load_drafter(state["live"], drafter_version=state["version"])
+        if "learner" in state:
+            self.learner.load_state_dict(state["learner"])
+        else:
+            self.learner.begin_from(state["live"])
+        logger.info("the drafter goes on as version %d", state["version"])
