@@ -155,6 +155,6 @@ def test_idle_ranks_train_the_drafter_and_the_run_is_the_same(model, head, tmp_p
     save = tmp_path / "on"
     shutil.rmtree(save / "iter_0000003")
     version = read_tail_state(save / "iter_0000002")["version"]
-    output = finish(start(flags(model, save, **common, spot_training="on")), timeout_s=280)
+    output = run_forked("pretrain_rl", flags(model, save, **common, spot_training="on"), timeout_s=280)
     assert f"the drafter goes on as version {version}" in output, output[-3000:]
     assert records(save)[3]["spec/drafter_version"] == version
