@@ -4,6 +4,7 @@ world."""
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from tlt.config import RolloutConfig
 from tlt.drafter.history import SuffixHistory
 from tlt.protocols import OnFinished, RolloutInterrupted
 from tlt.rollout.placement import longest_first, place_groups
-from tlt.rollout.vllm import readback, sampling
+from tlt.rollout.vllm import readback, sampling, shared_memory
 from tlt.rollout.vllm.drafting import NAME, SEED, speculative_config
 from tlt.rollout.vllm.speculation import SpecPlan, make_speculation
 from tlt.spec.lossless import refuse_lossy
@@ -94,6 +95,8 @@ class VLLMRolloutEngine:
         if spec.aux_layers and self.on_gpu and not config.enforce_eager:
             # vLLM decides what a compiled model gives out before its speculation is installed here.
             raise ValueError("--spec-drafter: a head that reads three layers needs --rollout-enforce-eager on a GPU")
+        if self.tp_size > 1 and not self.on_gpu:
+            shared_memory.name_after(self._agree(secrets.token_hex(8)))
         num_threads = torch.get_num_threads()
         self.llm = LLM(
             model=hf_model,
