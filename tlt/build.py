@@ -178,8 +178,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             logger.info("resumed from %s", inputs.checkpoint)
 
     tail = build_tail_work(config, engine, parallel, interrupt=interrupt, trace=trace)
-    if inputs.checkpoint is not None:
-        tail.load_state_dict(inputs.tail_state)
+    tail.load_state_dict(inputs.tail_state)
     rollouts = RolloutCollector(
         engine, rewards, parallel, history=history, tail=tail, interrupt=interrupt, trace=trace
     )

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+import torch
 
 from tlt.disk import flush_to_disk
-from tlt.drafter.checkpoint import load_checkpoint, write_atomically
+from tlt.drafter.checkpoint import load_checkpoint
 from tlt.drafter.history import SuffixHistory
 from tlt.parallel import Parallel
 from tlt.protocols import PolicyTrainer, TailWork
@@ -95,7 +96,7 @@ def write_tail_state(checkpoint: Path, tail: TailWork) -> None:
     """Save what ranks work on in the tail into a checkpoint, where that is anything."""
     state = tail.state_dict()
     if state:
-        write_atomically(state, checkpoint / TAIL)
+        torch.save(state, checkpoint / TAIL)
 
 
 def read_tail_state(checkpoint: Path) -> dict:
