@@ -3,11 +3,12 @@
 tools/bench_rollout.py --model DIR --sources 'reasoning-gym:...' --strategies plain,off,eagle:4 --drafter DIR
 
 `plain` is an engine without any code of speculation, `off` one that could speculate and does not. Each repetition
-rolls out the same prompts with the same seeds once under each strategy, in an order that rotates; ratios are of one
-repetition's times, and the table has their medians. Every strategy but sampled drafts gives the same tokens as
-`plain` but for rounding near ties, which is counted. Engines live in processes of their own, `--ranks` for each kind
-of engine, and one kind runs at a time. A row carries the workload's entropy and one-hot ceiling: without them it means
-nothing.
+rolls out other prompts, the same ones with the same seeds under each strategy, in an order that rotates; ratios are
+of one repetition's times, and the table has their medians. Every strategy but sampled drafts gives the tokens of
+`plain` but for rounding near ties, after which a response may become several times as long: the first strategy of a
+repetition writes, the others are made to draw its tokens, so that all do the same work, and how often they would have
+drawn another one is reported. Engines live in processes of their own, `--ranks` for each kind of engine, and one kind
+runs at a time. A row carries the workload's entropy and one-hot ceiling: without them it means nothing.
 """
 
 import argparse
@@ -26,11 +27,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any f
 from tools.lone_engine import make_engine  # noqa: E402
 
 PLAIN = "plain"
+LONG = 200
+"""Tokens above which a response is reported apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What one rank rolls out in a repetition."""
+    """What all ranks roll out together in a repetition."""
 
     name: str
     prompts: tuple
@@ -84,9 +87,10 @@ def serve(rank: int, args: argparse.Namespace, kind: str, store: str, inbox, out
     from tlt.types import SamplingConfig
 
     policies: dict = {}  # what one learned in a repetition it knows in the next
+    replay = Replay(engine)
     outbox.put((rank, "ready", None))
     while (task := inbox.get()) is not None:
-        strategy, workload, seed = task
+        strategy, workload, seed, replay.texts = task
         if kind != PLAIN:
             if strategy not in policies:
                 policies[strategy], _ = parse_policy(strategy, "--strategies", seed=args.seed)
@@ -96,8 +100,44 @@ def serve(rank: int, args: argparse.Namespace, kind: str, store: str, inbox, out
         groups = engine.generate(
             workload.prompts, sampling, group_size=workload.group_size, seed=seed, on_finished=lambda *_: None
         )
-        outbox.put((rank, time.perf_counter() - begin_s, summary(groups, engine.stats())))
+        seconds = time.perf_counter() - begin_s
+        outbox.put((rank, seconds, summary(groups, engine.stats()) | replay.take_counts()))
     engine.close()
+
+
+class Replay:
+    """Makes an engine draw the tokens of `texts`, by request name; whatever it drafts is verified against these."""
+
+    def __init__(self, engine):
+        self.runner = engine.runner
+        self.texts: dict[str, tuple[int, ...]] = {}
+        self.num_drawn = self.num_forced = 0
+        self._own = engine.sampler.draw
+        engine.sampler.draw = self._draw
+
+    def _draw(self, logits, probs, rows, seeds, positions):
+        from tlt.rollout.vllm.drafting import request_name
+
+        drawn = self._own(logits, probs, rows, seeds, positions)
+        batch = self.runner.input_batch
+        texts = [self.texts.get(request_name(self.runner, request_id), ()) for request_id in batch.req_ids]
+        row_before = -1
+        for index, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+            at = position - int(batch.num_prompt_tokens[row])
+            if not 0 <= at < len(texts[row]):
+                continue
+            if row != row_before:  # those behind a draft that falls are no draws
+                self.num_drawn += 1
+                self.num_forced += int(drawn[index]) != texts[row][at]
+                row_before = row
+            drawn[index] = texts[row][at]
+        return drawn
+
+    def take_counts(self) -> dict[str, int]:
+        """Tokens that began a step since the last call, and how many of them the engine would have drawn otherwise."""
+        counts = {"num_drawn": self.num_drawn, "num_forced": self.num_forced}
+        self.num_drawn = self.num_forced = 0
+        return counts
 
 
 def engine_of(args: argparse.Namespace, kind: str):
@@ -136,17 +176,31 @@ def spec_config(args: argparse.Namespace):
 
 def summary(groups: list, stats) -> dict:
     """What a repetition's row is made of, from one rank."""
+    from tlt.types import rollout_name
+
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     acceptance = {name: (sum(s.accepted), s.num_drafts, sum(s.drafted)) for name, s in stats.acceptance.items()}
     return {
-        "tokens": {(g.prompt.prompt_id, i): r.token_ids for g in groups for i, r in enumerate(g.rollouts)},
+        "tokens": {rollout_name(g.prompt.prompt_id, i): r.token_ids for g in groups for i, r in enumerate(g.rollouts)},
         "entropy_sum": sum(sum(rollout.entropies) for rollout in rollouts),
         "max_prob_sum": sum(sum(rollout.max_probs) for rollout in rollouts),
         "num_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
         "engine_steps": stats.num_engine_steps,
+        "long": long_steps(rollouts),
         "acceptance": acceptance,
         "draft_s": sum(s.draft_s for s in stats.acceptance.values()),
     }
+
+
+def long_steps(rollouts: list) -> tuple[int, int, int]:
+    """(tokens, steps that verified, tokens drafted) of responses over LONG tokens; a step gives one token and what
+    stood."""
+    found = [one for one in rollouts if len(one.token_ids) > LONG]
+    num_tokens = sum(len(one.token_ids) for one in found)
+    num_accepted, num_drafted = (
+        sum(getattr(one, name) for one in found) for name in ("num_accepted_tokens", "num_draft_tokens")
+    )
+    return num_tokens, num_tokens - num_accepted, num_drafted
 
 
 class Ranks:
@@ -165,10 +219,10 @@ class Ranks:
             process.start()
         self._answers()
 
-    def rollout(self, strategy: str, workload: Workload, seed: int) -> tuple[float, list[dict]]:
-        """(seconds until the last rank was done, summaries)."""
+    def rollout(self, strategy: str, workload: Workload, seed: int, texts: dict) -> tuple[float, list[dict]]:
+        """(seconds until the last rank was done, summaries); `texts` are drawn where they are given."""
         for inbox in self.inboxes:
-            inbox.put((strategy, workload, seed))
+            inbox.put((strategy, workload, seed, texts))
         answers = self._answers()
         return max(seconds for _, seconds, _ in answers), [found for _, _, found in answers]
 
@@ -191,8 +245,8 @@ class Ranks:
             process.join()
 
 
-def read_workloads(args: argparse.Namespace) -> list[Workload]:
-    """One for each of --requests-per-rank. Raises ValueError naming the flag."""
+def read_workloads(args: argparse.Namespace) -> list[list[Workload]]:
+    """For each of --requests-per-rank one for each repetition, of other prompts. Raises ValueError naming the flag."""
     from transformers import AutoTokenizer
 
     from tlt.config import DataConfig
@@ -211,35 +265,36 @@ def read_workloads(args: argparse.Namespace) -> list[Workload]:
                 f"--requests-per-rank must be multiples of --group-size {args.group_size}, got {requests}"
             )
         stream = PromptStream(data, builder, seed=args.seed, excluded=excluded_questions(args.exclude))
-        prompts = tuple(stream.next_batch(args.ranks * requests // args.group_size))
         workloads.append(
-            Workload(
-                name=f"{args.name}, {requests} a rank", prompts=prompts, group_size=args.group_size,
-                temperature=args.temperature, max_tokens=args.max_tokens,
-            )
+            [
+                Workload(
+                    name=f"{args.name}, {requests} a rank", group_size=args.group_size, temperature=args.temperature,
+                    max_tokens=args.max_tokens,
+                    prompts=tuple(stream.next_batch(args.ranks * requests // args.group_size)),
+                )
+                for _ in range(args.repetitions + 1)
+            ]
         )  # fmt: skip
     return workloads
 
 
-def measure(args: argparse.Namespace, workload: Workload, strategies: list[str], engines: dict) -> list[dict]:
-    """Rows of one workload, a strategy each."""
+def measure(args: argparse.Namespace, workloads: list[Workload], strategies: list[str], engines: dict) -> list[dict]:
+    """Rows of one workload's repetitions, a strategy each; the first repetition is not counted."""
     times: dict[str, list[float]] = {strategy: [] for strategy in strategies}
-    found: dict[str, list[dict]] = {}
-    for repetition in range(args.repetitions + 1):
+    found: dict[str, list[dict]] = {strategy: [] for strategy in strategies}
+    for repetition, workload in enumerate(workloads):
         order = strategies[repetition % len(strategies) :] + strategies[: repetition % len(strategies)]
-        texts = {}
+        texts: dict[str, tuple[int, ...]] = {}
         for strategy in order:
             ranks = engines[strategy if strategy == PLAIN else "speculative"]
-            seconds, found[strategy] = ranks.rollout(strategy, workload, args.seed + repetition)
-            texts[strategy] = {name: ids for one in found[strategy] for name, ids in one["tokens"].items()}
+            seconds, answers = ranks.rollout(strategy, workload, args.seed + repetition, texts)
+            if args.drafts in ("coupled", "one-hot") and not texts:
+                texts = {name: ids for one in answers for name, ids in one["tokens"].items()}
             print(f"{workload.name} repetition {repetition} {strategy}: {seconds:.2f} s", file=sys.stderr, flush=True)
             if repetition > 0:
                 times[strategy].append(seconds)
-        if args.drafts in ("coupled", "one-hot"):
-            differing = {s: sum(texts[s][n] != texts[order[0]][n] for n in texts[s]) for s in order}
-            if any(differing.values()):
-                print(f"responses that differ from {order[0]}'s: {differing}", file=sys.stderr)
-    return [row(args, workload, strategy, times, found[strategy]) for strategy in strategies]
+                found[strategy] += answers
+    return [row(args, workloads[0], strategy, times, found[strategy]) for strategy in strategies]
 
 
 def row(args: argparse.Namespace, workload: Workload, strategy: str, times: dict, found: list[dict]) -> dict:
@@ -248,18 +303,31 @@ def row(args: argparse.Namespace, workload: Workload, strategy: str, times: dict
     accepted, drafts, drafted = (
         sum(counts[index] for one in found for counts in one["acceptance"].values()) for index in range(3)
     )
+    long_tokens, long_steps, long_drafted = (sum(one["long"][index] for one in found) for index in range(3))
     return {
         "workload": workload.name,
         "requests_per_rank": len(workload.prompts) * workload.group_size // args.ranks,
         "strategy": strategy,
         "median_s": statistics.median(times[strategy]),
         "ratio_vs_plain": statistics.median(ratios) if ratios else None,
+        "seconds": times[strategy],
+        "ratio_of_sums": sum(times[PLAIN]) / sum(times[strategy]) if ratios else None,
         "ratio_min": min(ratios, default=None),
         "ratio_max": max(ratios, default=None),
         "acceptance_length": 1 + accepted / drafts if drafts else 1.0,
+        "long_tokens_per_step": long_tokens / long_steps if long_steps else None,
+        "long_drafted_per_step": long_drafted / long_steps if long_steps else None,
         "drafted_per_verification": drafted / drafts if drafts else 0.0,
         "draft_s": sum(one["draft_s"] for one in found),
-        "engine_steps": max(one["engine_steps"] for one in found),
+        "engine_steps": sum(one["engine_steps"] for one in found),
+        "by_drafter": {
+            name: {
+                total: sum(one["acceptance"].get(name, (0, 0, 0))[index] for one in found)
+                for index, total in enumerate(("accepted", "drafts", "drafted"))
+            }
+            for name in sorted({name for one in found for name in one["acceptance"]})
+        },
+        "forced_frac": sum(one["num_forced"] for one in found) / max(sum(one["num_drawn"] for one in found), 1),
         "num_tokens": num_tokens,
         "entropy_nats": sum(one["entropy_sum"] for one in found) / num_tokens,
         "one_hot_ceiling": sum(one["max_prob_sum"] for one in found) / num_tokens,
@@ -271,8 +339,10 @@ def table(rows: list[dict]) -> str:
     """Markdown."""
     columns = {
         "workload": "workload", "strategy": "strategy", "median_s": "median s", "ratio_vs_plain": "x plain",
-        "ratio_min": "min", "ratio_max": "max", "acceptance_length": "acceptance length",
-        "drafted_per_verification": "drafted", "entropy_nats": "entropy, nats", "one_hot_ceiling": "E[max p]",
+        "ratio_min": "min", "ratio_max": "max", "ratio_of_sums": "of sums", "acceptance_length": "acceptance length",
+        "drafted_per_verification": "drafted", "long_tokens_per_step": f"tokens a step, over {LONG}",
+        "long_drafted_per_step": f"drafted a step, over {LONG}", "forced_frac": "forced",
+        "entropy_nats": "entropy, nats", "one_hot_ceiling": "E[max p]",
     }  # fmt: skip
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     for one in rows:

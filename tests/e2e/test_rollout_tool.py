@@ -6,14 +6,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from tests.e2e.runs import ROOT, SUMS, flags, records, run_forked
 from tests.engine.test_speculation import PEAKED, write_head
 from tests.tiny_models import write_tiny_model
 from tlt.run_state import read_tail_state
 from tools import rollout
+from tools.bench_rollout import Replay
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
@@ -108,7 +112,25 @@ def test_the_rollout_benchmark_pairs_strategies(model, head, tmp_path):
     assert rows["off"]["acceptance_length"] == 1
     assert rows["eagle:2"]["drafted_per_verification"] > 1
     assert 0 < rows["plain"]["one_hot_ceiling"] < 1
-    assert "differ" not in result.stderr
+    assert all(row["forced_frac"] == 0 for row in rows.values()), "what is forced in fp32 is drawn anyway"
+
+
+def test_a_replay_forces_the_tokens_of_its_texts_and_counts_other_draws():
+    drawn = torch.tensor([7, 7, 7, 9, 7])
+    batch = SimpleNamespace(req_ids=["a-1", "b-1", "c-1"], num_prompt_tokens=[4, 6, 5])
+    requests = {
+        f"{name}-1": SimpleNamespace(sampling_params=SimpleNamespace(extra_args={"name": name})) for name in "abc"
+    }
+    engine = SimpleNamespace(
+        runner=SimpleNamespace(input_batch=batch, requests=requests),
+        sampler=SimpleNamespace(draw=lambda *_: drawn.clone()),
+    )
+    replay = Replay(engine)
+    rows, positions = np.array([0, 0, 0, 1, 2]), np.array([5, 6, 7, 6, 5])
+    assert engine.sampler.draw(None, None, rows, None, positions).tolist() == drawn.tolist()
+    replay.texts = {"a": (1, 2, 3), "b": (9,)}
+    assert engine.sampler.draw(None, None, rows, None, positions).tolist() == [2, 3, 7, 9, 7]
+    assert replay.take_counts() == {"num_drawn": 2, "num_forced": 1}
 
 
 def test_rl_is_the_same_run_with_and_without_speculation(model, head, tmp_path):

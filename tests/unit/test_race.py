@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.unit.test_verification import chi_square_limit
-from tlt.spec.race import RARE, race
+from tlt.spec.race import RARE, race, tensor_race
 from tlt.spec.randomness import DRAFT, TOKEN
 
 
@@ -90,3 +90,22 @@ def test_columns_of_a_reduced_vocabulary_race_under_their_own_names():
     # Renormalising scales all arrivals alike: where a kept token won the full race, it wins the reduced one.
     assert torch.equal(full[inside], part[inside])
     assert int(inside.sum()) > 1000
+
+
+@pytest.mark.parametrize("width", [0.1, 1.0, 3.0])  # all rare, both, few that are not
+@pytest.mark.parametrize("is_part", [False, True])
+def test_the_compiled_race_is_the_one_in_tensor_operations(width, is_part):
+    generator = torch.Generator().manual_seed(5)
+    probs = (width * torch.randn(300, 4000, generator=generator)).softmax(1)
+    probs[:, ::5] = 0
+    ids = torch.randperm(50_000, generator=generator)[:4000] if is_part else None
+    seeds, positions = np.arange(300) * 10**15, np.arange(300)[::-1]
+    expected = tensor_race(probs, seeds, positions, stream=DRAFT, token_ids=ids)
+    assert race(probs, seeds, positions, stream=DRAFT, token_ids=ids).tolist() == expected.tolist()
+
+
+def test_a_row_of_nan_is_refused():
+    probs = torch.full((3, 50), 1 / 50)
+    probs[1] = float("nan")
+    with pytest.raises(RuntimeError, match=r"rows \[1\]"):
+        race(probs, np.arange(3), np.arange(3), stream=TOKEN)

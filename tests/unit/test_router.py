@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tlt.drafter.calibration import Calibration, cell_centres
 from tlt.drafter.router import SUFFIX, Candidate, DraftRouter, is_probe, paying_depth, take
 from tlt.rollout.placement import longest_first, place_groups
-from tlt.spec.cost_model import CostModel, Curve, Prices, bin_of
+from tlt.spec.cost_model import CostModel, Curve, Prices, bin_of, rising
 
 CHEAP = Prices(step_s=0.02, token_s=0.0001, pass_s={"eagle": 0.0005}, row_s={"eagle": 0.0001})
 DEAR = Prices(step_s=0.02, token_s=0.02, pass_s={"eagle": 0.02}, row_s={"eagle": 0.01})
@@ -197,11 +199,24 @@ def test_a_curve_is_the_median_of_each_size_and_rises():
     for _ in range(3):
         curve.observe(9, 0.051)
         curve.observe(5, 0.009)  # noise: a larger size is not faster
-    assert curve.seconds(1) == 0.011
-    assert curve.seconds(5) == 0.011
-    assert curve.seconds(7) == pytest.approx(0.031)
-    assert curve.seconds(13) == pytest.approx(0.051 + 4 * 0.005)
+    assert curve.seconds(1) == curve.seconds(5) == pytest.approx(0.010)
+    assert curve.seconds(7) == pytest.approx((0.010 + 0.051) / 2)
+    assert curve.seconds(13) == pytest.approx(0.051 + 4 * (0.051 - 0.010) / 8)
     assert Curve().seconds(3) == 0
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 15)), min_size=1, max_size=12))
+def test_rising_values_are_the_nearest_ones(measured):
+    values, weights = np.array([value for value, _ in measured]), np.array([weight for _, weight in measured])
+    found = np.array(rising(values.tolist(), weights.tolist()))
+    assert (np.diff(found) >= 0).all()
+    # Weighted least squares over a closed convex cone: the residual is orthogonal to the fit and has no gain in any
+    # direction of the cone, whose generators are the steps from each index on and the constant.
+    residual = weights * (values - found)
+    assert abs(residual @ found) < 1e-6
+    tails = residual[::-1].cumsum()[::-1]
+    assert abs(tails[0]) < 1e-6
+    assert (tails < 1e-6).all()
 
 
 def test_prices_are_differences_of_measured_times():

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from numba import njit
 from numba.core import caching
 
-from tlt.drafter.suffix_automaton import MAX_COUNT, MAX_COUNTED, SINGLE_ESCAPE, WIDE, _compiled
+from tlt.drafter.suffix_automaton import MAX_COUNT, MAX_COUNTED, SINGLE_ESCAPE, WIDE
 from tlt.drafter.suffix_tree import Draft, SuffixTree
+from tlt.spec.compiled import compiled
 
 ROOT = Path(__file__).parents[2]
 
@@ -280,7 +281,7 @@ def test_kernels_compile_where_nothing_can_be_written(monkeypatch):
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
     with pytest.raises(RuntimeError, match="cannot cache"):
         njit(cache=True)(lambda number: number + 1)
-    assert _compiled(lambda number: number + 1)(1) == 2
+    assert compiled(lambda number: number + 1)(1) == 2
 
 
 def test_misuse_is_refused():

@@ -15,7 +15,8 @@ Shapes: N states, M edges, R slots of the hash table, K draft tokens. Entry 0 of
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from tlt.spec.compiled import compiled
 
 TOKEN, LENGTH, LINK, NEXT = range(4)
 """Columns of `states` [N, 4]. TOKEN: last token of the state's strings. NEXT: 0 without transition, the target of the
@@ -44,14 +45,6 @@ context's length. Fits AIME chains of thought of 11 checkpoints: a continuation 
 0.86 of cases behind 2, 4, 8, 19 tokens, one seen twice in 0.65, 0.73, 0.82, 0.92."""
 
 
-def _compiled(function):
-    """Compiled when first called, and kept beside this file or in the user's cache if either can be written."""
-    try:
-        return njit(cache=True)(function)
-    except RuntimeError:  # numba found no folder to write to
-        return njit(function)
-
-
 class Arrays(NamedTuple):
     """An automaton; kernels take its fields one by one."""
 
@@ -76,7 +69,7 @@ def new_arrays() -> Arrays:
 # by a sixteenth, because what stays unused is memory lost.
 
 
-@_compiled
+@compiled
 def _more_rows(rows, num_rows):
     """A copy of the first rows [num_rows, C] with room for more, which are 0."""
     grown = np.zeros((num_rows + 2 + num_rows // 16, rows.shape[1]), dtype=np.int32)
@@ -86,7 +79,7 @@ def _more_rows(rows, num_rows):
     return grown
 
 
-@_compiled
+@compiled
 def _more_counts(counts, num_states):
     """A copy of the first counts [num_states] with room for as many as `_more_rows` makes."""
     grown = np.zeros(num_states + 2 + num_states // 16, dtype=np.uint16)
@@ -95,7 +88,7 @@ def _more_counts(counts, num_states):
     return grown
 
 
-@_compiled
+@compiled
 def _slot(states, edges, table, state, token):
     """Slot of an edge in the hash table, or the free one where it belongs."""
     hashed = (state * 2654435769 + token * 2246822507) & 0xFFFFFFFF
@@ -107,7 +100,7 @@ def _slot(states, edges, table, state, token):
     return slot
 
 
-@_compiled
+@compiled
 def _enter_edge(states, edges, table, sizes, state, edge):
     """The hash table, at most three quarters full, with one more edge."""
     if 4 * (sizes[NUM_ENTERED] + 1) > 3 * len(table):
@@ -126,7 +119,7 @@ def _enter_edge(states, edges, table, sizes, state, edge):
     return table
 
 
-@_compiled
+@compiled
 def _find_edge(states, edges, table, state, token):
     """Edge of a state that has a list of them, 0 if there is none by this token."""
     edge = -np.int64(states[state, NEXT])
@@ -137,7 +130,7 @@ def _find_edge(states, edges, table, state, token):
     return edge if edge == 0 else np.int64(table[_slot(states, edges, table, state, token), EDGE])
 
 
-@_compiled
+@compiled
 def find(states, edges, table, state, token):
     """Target of a transition, 0 if there is none."""
     following = np.int64(states[state, NEXT])
@@ -146,7 +139,7 @@ def find(states, edges, table, state, token):
     return np.int64(edges[_find_edge(states, edges, table, state, token), TARGET])
 
 
-@_compiled
+@compiled
 def _redirect(states, edges, table, state, old, new):
     """Let the transition from `state` to `old`, if there is one, lead to `new`; whether there was."""
     following = np.int64(states[state, NEXT])
@@ -161,7 +154,7 @@ def _redirect(states, edges, table, state, old, new):
     return True
 
 
-@_compiled
+@compiled
 def _new_edge(edges, sizes):
     """(edges, number of an unused one)."""
     edge = sizes[NUM_EDGES]
@@ -171,7 +164,7 @@ def _new_edge(edges, sizes):
     return edges, edge
 
 
-@_compiled
+@compiled
 def _num_edges(states, edges, state):
     """Number of edges in a state's list, up to WIDE + 2."""
     edge, num_edges = -np.int64(states[state, NEXT]), 0
@@ -181,7 +174,7 @@ def _num_edges(states, edges, state):
     return num_edges
 
 
-@_compiled
+@compiled
 def _add_transition(states, edges, table, sizes, state, target):
     """A transition by a token that `state` has none by; (edges, table)."""
     following = np.int64(states[state, NEXT])
@@ -204,7 +197,7 @@ def _add_transition(states, edges, table, sizes, state, target):
     return edges, table
 
 
-@_compiled
+@compiled
 def _split(states, counts, edges, table, sizes, before, state):
     """Take the strings that are one token longer than `before`'s, and shorter ones, out of `state`; (edges, table).
 
@@ -236,7 +229,7 @@ def _split(states, counts, edges, table, sizes, before, state):
     return edges, table
 
 
-@_compiled
+@compiled
 def _count(states, counts, state):
     """One more place where the strings of `state` end, and their suffixes."""
     num_counted = 0
@@ -247,7 +240,7 @@ def _count(states, counts, state):
         num_counted += 1
 
 
-@_compiled
+@compiled
 def extend(states, counts, edges, table, sizes, whole, token_ids):
     """Append int32 tokens to the text whose state is `whole`; (states, counts, edges, table, whole) as they are then.
 
@@ -282,7 +275,7 @@ def extend(states, counts, edges, table, sizes, whole, token_ids):
     return states, counts, edges, table, whole
 
 
-@_compiled
+@compiled
 def locate(states, edges, table, token_ids):
     """State of a string, 0 if it does not occur."""
     state = 0
@@ -293,7 +286,7 @@ def locate(states, edges, table, token_ids):
     return state
 
 
-@_compiled
+@compiled
 def longest_context(states, state):
     """State of the longest suffix of a state's strings that was followed by something somewhere."""
     while state != ROOT and states[state, NEXT] == 0:
@@ -301,7 +294,7 @@ def longest_context(states, state):
     return state
 
 
-@_compiled
+@compiled
 def _most_frequent(states, counts, edges, state):
     """(target, its count, sum of the counts of all targets, their number) of a state with transitions.
 
@@ -324,7 +317,7 @@ def _most_frequent(states, counts, edges, state):
     return best, best_count, total, num_distinct
 
 
-@_compiled
+@compiled
 def follow(states, counts, edges, whole, token_ids, probs, min_match, tokens_per_match, min_prob):
     """Write a draft for the text whose state is `whole` into `token_ids` [K] int32 and `probs` [K] float64.
 

@@ -6,9 +6,8 @@ kernel changes its blocking. Times are given by the caller, so decisions can be 
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from statistics import median
 
 WINDOW = 15
@@ -30,7 +29,7 @@ def bin_of(size: int) -> int:
 
 @dataclass
 class Curve:
-    """Seconds by size: medians of bins, made to rise, linear between them."""
+    """Seconds by size: medians of bins, the nearest ones that rise, linear between them."""
 
     _bins: dict[int, deque[tuple[int, float]]] = field(default_factory=dict)
     _points: list[tuple[float, float]] | None = None
@@ -44,11 +43,11 @@ class Curve:
         """(mean size, seconds) of each bin, by size."""
         if self._points is None:
             medians = sorted(
-                (sum(size for size, _ in times) / len(times), median(seconds for _, seconds in times))
+                (sum(size for size, _ in times) / len(times), median(seconds for _, seconds in times), len(times))
                 for times in self._bins.values()
             )
-            highest = accumulate((y for _, y in medians), max)
-            self._points = [(x, y) for (x, _), y in zip(medians, highest, strict=True)]
+            levels = rising([y for _, y, _ in medians], [count for _, _, count in medians])
+            self._points = [(x, y) for (x, _, _), y in zip(medians, levels, strict=True)]
         return self._points
 
     def seconds(self, size: float) -> float:
@@ -68,6 +67,21 @@ class Curve:
         index = bisect_left(points, (size, 0.0))
         (x0, y0), (x1, y1) = points[index - 1], points[index]
         return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
+
+
+def rising(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The nearest values that never fall, by weighted least squares: neighbours that fall are pooled into their mean
+    (Ayer et al., Ann. Math. Statist. 26, 1955). A running maximum would let one slow bin raise all above it."""
+    pools: list[list[float]] = []  # [mean, weight, number of values]
+    for value, weight in zip(values, weights, strict=True):
+        pools.append([value, weight, 1])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            mean, total, count = pools.pop()
+            before = pools[-1]
+            before[0] = (before[0] * before[1] + mean * total) / (before[1] + total)
+            before[1] += total
+            before[2] += count
+    return [mean for mean, _, count in pools for _ in range(int(count))]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tlt.spec.randomness import RARE_TOKEN, uniforms
+from tlt.spec.randomness import RARE_TOKEN, hashes, uniforms
 from tlt.spec.verification import inverse_cdf
 
 RARE = 1 / 2048
@@ -36,7 +36,33 @@ def race(
     stream: int,
     token_ids: torch.Tensor | None = None,  # [V] ids of the columns where they are a part of the vocabulary
 ) -> torch.Tensor:
-    """[T] column drawn in each row; never one of probability 0."""
+    """[T] column drawn in each row; never one of probability 0. RuntimeError for a row without any, such as NaN."""
+    if probs.device.type == "cpu":
+        return _compiled_race(probs, seeds, positions, stream=stream, token_ids=token_ids)
+    return tensor_race(probs, seeds, positions, stream=stream, token_ids=token_ids)
+
+
+def _compiled_race(
+    probs: torch.Tensor, seeds: Sequence[int], positions: Sequence[int], *, stream: int, token_ids: torch.Tensor | None
+) -> torch.Tensor:
+    from tlt.spec.race_kernel import race_rows
+
+    drawn = np.empty(len(probs), dtype=np.int64)
+    race_rows(
+        probs.contiguous().numpy(), hashes(seeds, positions, stream=stream),
+        hashes(seeds, positions, stream=RARE_TOKEN + stream),
+        np.empty(0, dtype=np.int64) if token_ids is None else token_ids.numpy(), drawn,
+    )  # fmt: skip
+    if (drawn < 0).any():
+        raise RuntimeError(f"no token has a probability in rows {np.flatnonzero(drawn < 0).tolist()}: NaN?")
+    return torch.from_numpy(drawn)
+
+
+def tensor_race(
+    probs: torch.Tensor, seeds: Sequence[int], positions: Sequence[int], *, stream: int,
+    token_ids: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`race` in tensor operations, on any device."""
     row, column = (probs >= RARE).nonzero(as_tuple=True)  # [C], rows ascending
     mass = probs[row, column].double()
     names = column if token_ids is None else token_ids[column]

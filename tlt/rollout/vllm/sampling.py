@@ -30,6 +30,8 @@ class PositionSampler:
         self.runner = runner
         self.ledger = ledger
         runner._sample = self.sample
+        # Compiled now: it would fall into the first engine step.
+        race(torch.ones(1, 1, device=runner.device), [0], [0], stream=TOKEN)
 
     def sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
         """Tokens [B, drafts + 1] (REJECTED behind the last) and their logprobs, as the runner's own `_sample`."""
@@ -39,13 +41,10 @@ class PositionSampler:
         num_requests = batch.num_reqs
         counts = [0] * num_requests if spec_decode_metadata is None else list(spec_decode_metadata.num_draft_tokens)
         rows = np.repeat(np.arange(num_requests), np.asarray(counts) + 1)  # request of each row
-        logprobs = self._logprobs(logits, rows)
-        probs = logprobs.exp()
+        scaled = self._scaled(logits, rows)
+        probs = scaled.softmax(-1)
         seeds, positions = self._seeds_and_positions(counts, rows)
-        drawn = race(probs, seeds, positions, stream=TOKEN)
-        is_greedy = batch.temperature_cpu[rows] <= 0
-        if is_greedy.any():
-            drawn = torch.where(torch.from_numpy(is_greedy).to(logits.device), logits.argmax(1), drawn)
+        drawn = self.draw(logits, probs, rows, seeds, positions)
         drafts = logits.new_empty(0, dtype=torch.int64)
         if spec_decode_metadata is not None:
             drafts = spec_decode_metadata.draft_token_ids.long()
@@ -53,11 +52,21 @@ class PositionSampler:
         self.ledger.verified(batch.req_ids, counts, tokens, probs)
         return SamplerOutput(
             sampled_token_ids=tokens.to(torch.int32),
-            logprobs_tensors=self._logprobs_tensors(tokens, logprobs, probs, counts),
+            logprobs_tensors=self._logprobs_tensors(tokens, scaled, probs, counts),
         )
 
-    def _logprobs(self, logits: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
-        """[T, V] float32 of the distribution that is sampled from; of a greedy row, of the untouched one."""
+    def draw(
+        self, logits: torch.Tensor, probs: torch.Tensor, rows: np.ndarray, seeds: np.ndarray, positions: np.ndarray
+    ) -> torch.Tensor:
+        """[T] the policy's token of each row, whatever was drafted there; `rows` [T] are the batch's."""
+        drawn = race(probs, seeds, positions, stream=TOKEN)
+        is_greedy = self.runner.input_batch.temperature_cpu[rows] <= 0
+        if is_greedy.any():
+            drawn = torch.where(torch.from_numpy(is_greedy).to(logits.device), logits.argmax(1), drawn)
+        return drawn
+
+    def _scaled(self, logits: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+        """[T, V] float32 logits of the distribution that is sampled from; of a greedy row, the untouched ones."""
         from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
         batch = self.runner.input_batch
@@ -71,7 +80,7 @@ class PositionSampler:
         p = torch.from_numpy(top_p).to(logits.device) if (top_p < 1).any() else None
         if k is not None or p is not None:
             logits = apply_top_k_top_p(logits.clone(), k, p)
-        return logits.log_softmax(-1)
+        return logits
 
     def _seeds_and_positions(self, counts: list[int], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Seed of each row's request, and the position in its sequence of the token that the row decides."""
@@ -100,14 +109,14 @@ class PositionSampler:
         return SampledDrafts(index=index, stands=stands, replacement=replacement)
 
     def _logprobs_tensors(
-        self, tokens: torch.Tensor, logprobs: torch.Tensor, probs: torch.Tensor, counts: list[int]
+        self, tokens: torch.Tensor, scaled: torch.Tensor, probs: torch.Tensor, counts: list[int]
     ) -> Any:
         """Logprob, entropy and largest probability at each of `tokens`, rejected ones included, which vLLM drops."""
         from vllm.v1.outputs import LogprobsTensors
 
         if self.runner.input_batch.sampling_metadata.max_num_logprobs is None:
             return None
-        entropy, max_prob = statistics(logprobs, probs)
+        log_norm, entropy, max_prob = statistics(scaled, probs)
         lengths = torch.tensor(counts, device=tokens.device) + 1
         step = torch.minimum(torch.arange(tokens.shape[1], device=tokens.device), lengths[:, None] - 1)
         row = ((torch.cumsum(lengths, 0) - lengths)[:, None] + step).flatten()
@@ -115,12 +124,16 @@ class PositionSampler:
         names = torch.tensor([ENTROPY, MAX_PROB], device=tokens.device)
         return LogprobsTensors(
             torch.cat([flat[:, None], names.expand(len(flat), -1)], dim=1).to(torch.int32),
-            torch.stack([logprobs[row, flat], entropy[row], max_prob[row]], dim=1),
+            torch.stack([scaled[row, flat] - log_norm[row], entropy[row], max_prob[row]], dim=1),
             torch.zeros(len(flat), dtype=torch.int64, device=tokens.device),
         )
 
 
-def statistics(logprobs: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(entropy in nats, largest probability) of each row [T, V]; removed tokens have a logprob of minus infinity."""
-    terms = torch.where(probs > 0, probs * logprobs, 0.0)
-    return -terms.sum(dim=1), probs.amax(dim=1)
+def statistics(logits: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log of the sum of exponentials, entropy in nats, largest probability), [T] each, of rows [T, V]; `probs` are
+    the logits' softmax, so no exponential is computed twice. Removed tokens have a logit of minus infinity."""
+    best, max_prob = logits.amax(1), probs.amax(1)
+    below = logits - best[:, None]  # sums of small terms lose no digits
+    is_cut = bool(torch.isinf(below.amin(1)).any())
+    terms = torch.where(probs > 0, below * probs, 0.0) if is_cut else below.mul_(probs)
+    return best - max_prob.log(), -max_prob.log() - terms.sum(1), max_prob
