@@ -1,5 +1,7 @@
 """The router's decisions against hand-made worths and prices, its learning from verified drafts, costs, placement."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from tlt.drafter.calibration import Calibration, cell_centres
 from tlt.drafter.router import SUFFIX, Candidate, DraftRouter, is_probe, paying_depth, take
 from tlt.rollout.placement import longest_first, place_groups
-from tlt.spec.cost_model import CostModel, Curve, Prices, bin_of, rising
+from tlt.spec.cost_model import MIN_RATE_STEPS, NO_PRICES, CostModel, Curve, Prices, bin_of, rising
 
 CHEAP = Prices(step_s=0.02, token_s=0.0001, pass_s={"eagle": 0.0005}, row_s={"eagle": 0.0001})
 DEAR = Prices(step_s=0.02, token_s=0.02, pass_s={"eagle": 0.02}, row_s={"eagle": 0.01})
@@ -221,16 +223,90 @@ def test_rising_values_are_the_nearest_ones(measured):
 
 def test_prices_are_differences_of_measured_times():
     costs = CostModel()
-    assert costs.prices(4, 0).step_s == 0
+    assert costs.prices(4, 0, max_draft_tokens=4).step_s == 0
     for _ in range(5):
         costs.observe_step(4, 0.020)
         costs.observe_step(12, 0.036)
         costs.observe_pass("eagle", 1, 0.003)
         costs.observe_pass("eagle", 4, 0.006)
-    prices = costs.prices(4, 8)
+    prices = costs.prices(4, 8, max_draft_tokens=16)
+    assert prices.verify_s == pytest.approx(0.020 + 0.002 * np.arange(17))
+    assert prices.rate is None
     assert (prices.step_s, prices.token_s) == pytest.approx((0.020, 0.002))
     assert prices.row_s["eagle"] == pytest.approx(0.001)
     assert prices.pass_s["eagle"] == pytest.approx(0.002)
+
+
+def test_the_rate_is_that_of_steps_of_as_many_requests():
+    costs = CostModel()
+    for _ in range(MIN_RATE_STEPS - 1):
+        costs.observe_rate(2, 6, 0.030)
+    assert costs.prices(2, 0, max_draft_tokens=4).rate is None
+    costs.observe_rate(2, 6, 0.030)
+    costs.observe_rate(3, 1, 1.0)
+    assert costs.prices(2, 0, max_draft_tokens=4).rate == pytest.approx(200)
+    for _ in range(400):  # what is long past does not count
+        costs.observe_rate(2, 6, 0.060)
+    assert costs.prices(2, 0, max_draft_tokens=4).rate == pytest.approx(100, rel=0.01)
+
+
+falling = st.lists(st.floats(0, 1), max_size=4).map(lambda worth: np.array(sorted(worth, reverse=True)))
+
+
+@given(
+    st.lists(st.tuples(falling, st.booleans()), min_size=1, max_size=3),
+    st.lists(st.floats(0, 0.01), min_size=12, max_size=12), st.floats(1, 200),
+)  # fmt: skip
+def test_the_cut_keeps_what_is_worth_most_beyond_its_verification(drafts, rises, rate):
+    verify_s = np.cumsum([0.02, *rises])  # rises by any steps, as matrix products do
+    router = past_probes(make_router([], max_draft_tokens=4))
+    prices = Prices(step_s=0.02, token_s=0.001, pass_s={}, row_s={}, verify_s=verify_s, rate=rate)
+    router.plan([candidate()], prices, num_running=1)
+    assert router.rate <= rate
+    standings, is_fixed = [worth for worth, _ in drafts], [fixed for _, fixed in drafts]
+
+    def gain(counts) -> float:
+        return sum(worth[:count].sum() for worth, count in zip(standings, counts, strict=True))
+
+    def net(counts) -> float:
+        return gain(counts) - own_rate * verify_s[sum(counts)]
+
+    choices = [
+        range(len(worth), len(worth) + 1) if fixed else range(len(worth) + 1)
+        for worth, fixed in zip(standings, is_fixed, strict=True)
+    ]
+    own_rate = min(router.rate, max((1 + gain(each)) / verify_s[sum(each)] for each in itertools.product(*choices)))
+    counts = router.cut(standings, is_fixed)
+    assert all(count in choice for count, choice in zip(counts, choices, strict=True))
+    assert net(counts) == pytest.approx(max(net(each) for each in itertools.product(*choices)), abs=1e-9)
+
+
+def test_a_probe_is_verified_whole_and_an_unmeasured_engine_too():
+    router = make_router([], max_draft_tokens=4)
+    dear = np.cumsum([0.02, 1, 1, 1, 1])
+    prices = Prices(step_s=0.02, token_s=1.0, pass_s={}, row_s={}, verify_s=dear)
+    for _ in range(3):
+        router.plan([candidate(probs=[0.5, 0.5])], prices, num_running=1)
+        assert router.cut([np.array([0.5, 0.25])], [False]) == [0]
+    router.plan([candidate(probs=[0.5, 0.5])], prices, num_running=1)
+    assert router.is_probe
+    assert router.cut([np.array([0.5, 0.25])], [False]) == [2]
+    router.plan([candidate(probs=[0.5, 0.5])], NO_PRICES, num_running=1)
+    assert router.cut([np.array([0.5, 0.25])], [False]) == [2]
+
+
+def test_a_poor_step_after_good_ones_still_drafts():
+    def plan(rate: float | None) -> tuple[list, list[int]]:
+        router = past_probes(make_router([], max_draft_tokens=4))
+        prices = Prices(
+            step_s=0.02, token_s=0.004, pass_s={}, row_s={}, verify_s=0.02 + 0.004 * np.arange(9), rate=rate
+        )  # fmt: skip
+        routes = router.plan([candidate(f"p#{i}", probs=[0.999] * 4) for i in range(2)], prices, num_running=2)
+        return routes, router.cut([np.array([0.9, 0.8, 0.7, 0.6])] * 2, [False] * 2)
+
+    routes, counts = plan(None)
+    assert all(counts)
+    assert plan(10_000.0) == (routes, counts)  # no step of these can come to that
 
 
 def test_long_groups_are_spread_and_unknown_ones_dealt_in_turn():

@@ -1,9 +1,11 @@
 """Who drafts for each request, and how many tokens: what each draft token is worth against what it costs.
 
-A draft token is worth the probability that it and all before it stand; it costs the seconds of one more verified token
-and of the pass that drafts it, at the present rate of tokens a second. Taking what is worth more than it costs
-maximises tokens over seconds (Dinkelbach, Management Science 13(7), 1967). Probabilities come from verified drafts: a
-calibration of each drafter's own confidence, times how this request, and the group it is in, kept to it so far.
+A draft token is worth the probability that it and all before it stand; it costs the seconds of one more verified
+token and of the pass that drafts it, at the rate of tokens a second that steps of so many requests came to lately, or
+that this one can come to if that is less. Taking what is worth more than it costs maximises tokens over seconds
+(Dinkelbach, Management Science 13(7), 1967): over all steps, not in each, or a step of sure drafts would refuse what
+a poor one takes. Probabilities come from verified drafts: a calibration of each drafter's own confidence, times how
+this request, and the group it is in, kept to it so far.
 
 Nothing here knows the token that is being verified or reads a clock: decisions are functions of past drafts, past
 tokens and of prices that all ranks share. Shapes: B requests, K draft tokens, M confidence cells.
@@ -16,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tlt.drafter.calibration import NUM_CONFIDENCES, Calibration, cell_centres
-from tlt.spec.cost_model import Prices
+from tlt.spec.cost_model import NO_PRICES, Prices
 
 SUFFIX = "suffix"
 MATCHES = (2, 3, 4, 5, 7, 10, 16)
@@ -27,6 +29,8 @@ NUM_DEPTHS = 6
 TRUST_WEIGHT, TRUST_DECAY = 6.0, 0.97
 """Expected tokens with which a request's trust in a drafter starts from its group's; what its past weighs after one
 more verification."""
+SPARE = 0.5
+"""Share of its price that a suffix token must be worth to be proposed; which ones are verified is decided later."""
 PROBE_STEPS, PROBE_TOKENS = 64, 2
 """Every so many engine steps (and at the first powers of two) drafts are made whatever they cost, so that a drafter
 that was not worth it can show that it is now."""
@@ -64,7 +68,10 @@ class Plan:
     """Worth beyond the price, in tokens."""
     gain: float
     """Expected accepted tokens."""
+    passes_s: float
+    """Seconds of the heads' passes."""
     cost_s: float
+    """These and the verification."""
 
 
 @dataclass
@@ -111,8 +118,12 @@ class DraftRouter:
         """Of data sources, which outlive a rollout: a head trained on one may be worth little on another."""
         self.source_of: Mapping[str, str] = {}
         self.step = 0
+        self.is_probe = False
+        self.prices = NO_PRICES
+        self.rate = self.passes_s = 0.0
+        self.num_running = 0
         self.num_planned = 0
-        """Draft tokens of the last plan: about so many will be drafted in the next."""
+        """Draft tokens that were verified last: about so many will be in the next step."""
 
     def begin(self, sources: Mapping[str, str]) -> None:
         """A rollout begins: requests and groups are new; `sources` names each group's data source."""
@@ -137,16 +148,19 @@ class DraftRouter:
             name: self._learned_worth(name, candidates) for name in self.learned
         }
         rate = num_running / prices.step_s if prices.step_s > 0 else 0.0
-        # The rate that the plan reaches is the rate at which it should have weighed costs: twice is near enough.
+        # The rate that a plan reaches is the rate at which it should have weighed costs: three rounds are near enough.
         for _ in range(1 if self.is_probe else 3):
             self.rate = 0.0 if self.is_probe else rate
-            routes, gain, cost_s = self._choose(candidates, worth)
-            rate = (num_running + gain) / (prices.step_s + cost_s) if prices.step_s > 0 else 0.0
-        self.num_planned = sum(route.num_draft_tokens for route in routes if route)
+            routes, best = self._choose(candidates, worth)
+            rate = (num_running + best.gain) / (prices.step_s + best.cost_s) if prices.step_s > 0 else 0.0
+        if prices.rate is not None and prices.rate < self.rate:
+            self.rate = prices.rate
+            routes, best = self._choose(candidates, worth)
+        self.num_running, self.passes_s = num_running, best.passes_s
         return routes
 
-    def _choose(self, candidates: Sequence[Candidate], worth: dict) -> tuple[list[Route | None], float, float]:
-        """(routes, expected accepted tokens, seconds) at the present rate: the best of what the drafters can do."""
+    def _choose(self, candidates: Sequence[Candidate], worth: dict) -> tuple[list[Route | None], "Plan"]:
+        """(routes, the plan that they come of) at the present rate: the best of what the drafters can do."""
         longest = PROBE_TOKENS if self.is_probe else self.max_draft_tokens
         suffix = take(worth[SUFFIX], self.rate * self.prices.token_s, longest)
         plans = [
@@ -154,11 +168,48 @@ class DraftRouter:
             for heads in self._assignments(suffix, worth, longest, len(candidates))
         ]
         best = max(plans, key=lambda plan: plan.net)
+        num = best.num
+        if not self.is_probe:
+            # A suffix draft is there whole; how much of it is verified is decided with all drafts at hand.
+            spare = take(worth[SUFFIX], SPARE * self.rate * self.prices.token_s, longest)[0]
+            num = np.where([name == SUFFIX for name in best.drafters], spare, num)
         routes = [
             Route(drafter=name, num_draft_tokens=int(count)) if count else None
-            for name, count in zip(best.drafters, best.num, strict=True)
+            for name, count in zip(best.drafters, num, strict=True)
         ]
-        return routes, best.gain, best.cost_s
+        return routes, best
+
+    def cut(self, standings: Sequence[np.ndarray], is_fixed: Sequence[bool]) -> list[int]:
+        """How many tokens of each draft to verify: those that together are worth most beyond the measured time of
+        verifying so many. `standings` [K] of each draft are `standing`; a fixed one is verified whole."""
+        counts = np.array([len(one) for one in standings])
+        if not self.is_probe and len(self.prices.verify_s):
+            free = [
+                (one[index], row)
+                for row, one in enumerate(standings)
+                if not is_fixed[row]
+                for index in range(len(one))
+            ]
+            free.sort(key=lambda pair: -pair[0])  # stable: tokens of a draft stay in order
+            worth, rows = np.array([one for one, _ in free]), np.array([row for _, row in free], dtype=int)
+            fixed = int(counts[np.array(is_fixed, dtype=bool)].sum())
+            verify_s = self.prices.verify_s[fixed : fixed + len(free) + 1]
+            gain = np.cumsum(np.concatenate([[0.0], worth]))[: len(verify_s)]
+            # In a step poorer than the last ones their rate cannot be had: at that price it would draft nothing.
+            rate = min(self.rate, float(((self.num_running + gain) / (verify_s + self.passes_s)).max()))
+            kept = np.bincount(rows[: int((gain - rate * verify_s).argmax())], minlength=len(standings))
+            counts = np.where(is_fixed, counts, kept)
+        self.num_planned = int(counts.sum())
+        return counts.tolist()
+
+    def standing(
+        self, drafter: str, *, request: str, group: str, is_random: bool, match_length: int, confidences: np.ndarray
+    ) -> np.ndarray:
+        """[K] probability that each token of a draft and all before it stand."""
+        steps = np.arange(len(confidences))
+        kinds = match_kinds(match_length + steps) if drafter == SUFFIX else np.minimum(steps, NUM_DEPTHS - 1)
+        stands = self.calibrations[drafter, is_random].estimate(kinds, confidences)
+        return np.cumprod(trusted(stands, self.factor(drafter, request, group)))
 
     def _assignments(
         self, suffix: tuple[np.ndarray, np.ndarray, np.ndarray], worth: dict, longest: int, num_rows: int
@@ -201,8 +252,11 @@ class DraftRouter:
             passes_s += depth * self.prices.pass_s.get(name, 0.0)
             rows_s += float(own_num[mine].sum()) * self.prices.row_s.get(name, 0.0)
             drafters = [name if one else drafter for one, drafter in zip(mine, drafters, strict=True)]
-        cost_s = float(num.sum()) * self.prices.token_s + passes_s + rows_s
-        return Plan(drafters=drafters, num=num, net=float(net.sum()), gain=float(gain.sum()), cost_s=cost_s)
+        passes_s += rows_s
+        cost_s = float(num.sum()) * self.prices.token_s + passes_s
+        return Plan(
+            drafters=drafters, num=num, net=float(net.sum()), gain=float(gain.sum()), passes_s=passes_s, cost_s=cost_s
+        )  # fmt: skip
 
     def _row_s(self, name: str) -> float:
         """Seconds of one more token that a head drafts and the policy verifies, its pass being made anyway."""
@@ -269,10 +323,6 @@ class DraftRouter:
             wants[:] = False
         return wants
 
-    def is_worth_verifying(self, standing: np.ndarray) -> np.ndarray:
-        """[B] whether a token that was drafted is worth its verification."""
-        return (standing > self.rate * self.prices.token_s) | self.is_probe
-
     def stands(self, name: str, depth: int, is_random: bool, confidences: np.ndarray) -> np.ndarray:
         """[B] probability that a head's tokens at this depth stand, by its confidence, before trust."""
         kinds = np.full(len(confidences), min(depth, NUM_DEPTHS - 1))
@@ -297,7 +347,7 @@ class DraftRouter:
             table.setdefault((drafter, name), Trust()).count(expected, num_stood)
 
 
-def trusted(stands: np.ndarray, factors: np.ndarray) -> np.ndarray:
+def trusted(stands: np.ndarray, factors: np.ndarray | float) -> np.ndarray:
     """Probabilities that tokens stand, scaled by trust; never quite 1."""
     return np.minimum(stands * factors, 0.999)
 

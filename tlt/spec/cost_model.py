@@ -4,11 +4,12 @@ Measured medians, not a formula: the same number of tokens costs another time on
 kernel changes its blocking. Times are given by the caller, so decisions can be replayed and tested without a clock.
 """
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+
+import numpy as np
 
 WINDOW = 15
 """Times of a bin that its median is taken of: the newest, since contexts grow and machines are shared."""
@@ -17,6 +18,9 @@ EXACT = 8
 RIDGE_TOKENS = 12
 """Before a second size was measured, so many tokens more are taken to double a step's time: dear, so that little is
 drafted until a probe has shown what it costs (on an H100 it is 200 to 300, on a CPU core 10 to 14)."""
+
+RATE_DECAY, MIN_RATE_STEPS = 0.97, 8
+"""What a rate's past weighs after one more step, and the steps before it counts."""
 
 
 def bin_of(size: int) -> int:
@@ -52,21 +56,17 @@ class Curve:
 
     def seconds(self, size: float) -> float:
         """Of that size; beyond the largest measured one the line from the smallest goes on. 0 if nothing is known."""
+        return float(self.seconds_of(np.array([size], dtype=float))[0])
+
+    def seconds_of(self, sizes: np.ndarray) -> np.ndarray:
+        """[N] of the sizes [N]."""
         points = self._rising_points()
         if not points:
-            return 0.0
-        (first_x, first_y), (last_x, last_y) = points[0], points[-1]
-        if size <= first_x:
-            return first_y
-        if size >= last_x:
-            if last_x > first_x and last_y > first_y:
-                slope = (last_y - first_y) / (last_x - first_x)
-            else:
-                slope = last_y / (last_x + RIDGE_TOKENS)
-            return last_y + slope * (size - last_x)
-        index = bisect_left(points, (size, 0.0))
-        (x0, y0), (x1, y1) = points[index - 1], points[index]
-        return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
+            return np.zeros(len(sizes))
+        x, y = np.array(points).T
+        rises = x[-1] > x[0] and y[-1] > y[0]
+        slope = (y[-1] - y[0]) / (x[-1] - x[0]) if rises else y[-1] / (x[-1] + RIDGE_TOKENS)
+        return np.interp(sizes, x, y) + slope * np.maximum(sizes - x[-1], 0)
 
 
 def rising(values: Sequence[float], weights: Sequence[float]) -> list[float]:
@@ -96,6 +96,31 @@ class Prices:
     """One pass of each learned drafter, whatever its rows."""
     row_s: Mapping[str, float]
     """One more row in such a pass."""
+    verify_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """[N + 1] of a step that verifies 0 to N draft tokens in all; empty: `step_s` and `token_s` for each."""
+    rate: float | None = None
+    """Tokens a second that steps of so many requests came to lately; None while too few were seen."""
+
+
+NO_PRICES = Prices(step_s=0.0, token_s=0.0, pass_s={}, row_s={})
+
+
+@dataclass
+class Rate:
+    """Tokens a second of the last steps, drafting included."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    num_steps: int = 0
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        self.tokens = RATE_DECAY * self.tokens + tokens
+        self.seconds = RATE_DECAY * self.seconds + seconds
+        self.num_steps += 1
+
+    @property
+    def value(self) -> float | None:
+        return self.tokens / self.seconds if self.num_steps >= MIN_RATE_STEPS else None
 
 
 @dataclass
@@ -104,6 +129,8 @@ class CostModel:
 
     steps: Curve = field(default_factory=Curve)
     passes: dict[str, Curve] = field(default_factory=dict)
+    rates: dict[int, Rate] = field(default_factory=dict)
+    """By running requests."""
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         """An engine step without prefill, without its drafting; one token of each request is among those verified."""
@@ -113,9 +140,15 @@ class CostModel:
         """One forward of a learned drafter."""
         self.passes.setdefault(drafter, Curve()).observe(num_rows, seconds)
 
-    def prices(self, num_running: int, num_draft_tokens: int) -> Prices:
-        """For so many requests, where about `num_draft_tokens` will be drafted in all."""
-        step_s = self.steps.seconds(num_running)
+    def observe_rate(self, num_running: int, num_tokens: int, seconds: float) -> None:
+        """A step of `adaptive` gave so many tokens; seconds with the drafting of what it verified."""
+        self.rates.setdefault(num_running, Rate()).observe(num_tokens, seconds)
+
+    def prices(self, num_running: int, num_draft_tokens: int, *, max_draft_tokens: int) -> Prices:
+        """For so many requests, where about `num_draft_tokens` will be drafted in all and at most
+        `max_draft_tokens`."""
+        verify_s = self.steps.seconds_of(num_running + np.arange(max_draft_tokens + 1))
+        step_s = float(verify_s[0])
         more = max(num_draft_tokens, num_running, 1)
         pass_s, row_s = {}, {}
         for name, curve in self.passes.items():
@@ -124,5 +157,5 @@ class CostModel:
             pass_s[name] = max(one - row_s[name], 0.0)
         return Prices(
             step_s=step_s, token_s=(self.steps.seconds(num_running + more) - step_s) / more, pass_s=pass_s,
-            row_s=row_s,
+            row_s=row_s, verify_s=verify_s, rate=self.rates[num_running].value if num_running in self.rates else None,
         )  # fmt: skip

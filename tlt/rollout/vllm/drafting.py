@@ -169,4 +169,7 @@ class Drafting:
             begin_s = time.perf_counter()
             proposals |= self.drafters[name].draft(own)
             self.ledger.stats[name].draft_s += time.perf_counter() - begin_s
+        begin_s = time.perf_counter()
+        proposals = dict(self.router.cut(proposals))
+        self.ledger.plan_s += time.perf_counter() - begin_s
         return {name: proposal for name, proposal in proposals.items() if proposal.token_ids}

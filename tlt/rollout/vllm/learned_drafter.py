@@ -7,13 +7,16 @@ n - 1 of them; the last token was just sampled.
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn.functional import linear
 
 from tlt.drafter.model import EagleHead
 from tlt.rollout.vllm.ledger import Proposal
+from tlt.rollout.vllm.packed_head import PackedLinear, pack
 from tlt.rollout.vllm.paged_attention import CpuPagedAttention, GatheredPagedAttention
 from tlt.rollout.vllm.token_pool import TokenPool
 from tlt.spec.draft_kind import COUPLED, ONE_HOT, SAMPLED, KindChoice
@@ -61,9 +64,6 @@ class DraftLimit(Protocol):
         """[B] whether each of the requests at [B] `rows` gets a token more, one having been drafted with [B]
         confidences."""
 
-    def num_tokens(self, row: int, num_drafted: int) -> int:
-        """How many of a request's drafted tokens are to be verified."""
-
 
 class AsAsked:
     """No limit but what was asked for."""
@@ -73,9 +73,6 @@ class AsAsked:
 
     def goes_on(self, rows: np.ndarray, confidences: np.ndarray) -> np.ndarray:
         return np.ones(len(rows), dtype=bool)
-
-    def num_tokens(self, row: int, num_drafted: int) -> int:
-        return num_drafted
 
 
 class LearnedDrafter:
@@ -91,10 +88,15 @@ class LearnedDrafter:
         self.limit: DraftLimit = AsAsked()
         self.on_pass: Callable[[int, float], None] = lambda num_rows, seconds: None
         self.output_weight: torch.Tensor | None = None
+        self._read_out: Callable[[torch.Tensor], torch.Tensor] = runner.get_model().compute_logits
+        """Logits [B, V_draft] of the head's outputs [B, H]."""
+        self.on_cpu = runner.device.type == "cpu"
+        if self.on_cpu:
+            pack(self.head)
         self._previous: dict[str, torch.Tensor] = {}
         self._num_cached: dict[str, int] = {}
         self._num_passes = 0
-        kind = CpuPagedAttention if runner.device.type == "cpu" else GatheredPagedAttention
+        kind = CpuPagedAttention if self.on_cpu else GatheredPagedAttention
         self.attention = kind(
             head.shape, num_blocks=pool.num_blocks, block_size=pool.block_size, dtype=runner.model_config.dtype,
             device=runner.device,
@@ -121,6 +123,8 @@ class LearnedDrafter:
     def _copy(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.head.named_parameters():
             parameter.copy_(tensors[name])
+        if self.on_cpu:
+            pack(self.head)
         self._num_cached.clear()  # keys and values are of the old weights
 
     def renew_output(self, name: str, tensor: torch.Tensor) -> None:
@@ -129,6 +133,9 @@ class LearnedDrafter:
         if ids is None or name != output_name(self.runner.get_model()):
             return
         self.output_weight = tensor[ids].to(device=self.runner.device, dtype=self.runner.model_config.dtype)
+        self._read_out = (
+            PackedLinear(self.output_weight) if self.on_cpu else partial(linear, weight=self.output_weight)
+        )
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """These requests ended or lost their blocks."""
@@ -176,24 +183,18 @@ class LearnedDrafter:
             rows, kept = rows[goes_on], torch.from_numpy(goes_on)
             position = torch.tensor([requests[row].num_tokens - 2 + step for row in rows], dtype=torch.int32)
             hidden = self._one_more(drawn[kept], hidden[kept.to(hidden.device)], position, block_table[rows])
-        # Rejection sampling is exact only if whether a draft is verified does not depend on what it turned out to be;
-        # where the policy's token depends on no draft, any may be dropped.
-        counts = [
-            len(drafted) if kind == SAMPLED else self.limit.num_tokens(row, len(drafted))
-            for row, (drafted, kind) in enumerate(zip(tokens, kinds, strict=True))
-        ]
         return {
             request.request_id: Proposal(
                 drafter=self.name,
                 request_name=request.name,
-                token_ids=tokens[row][:count],
-                confidences=np.array(confidences[row][:count]),
+                token_ids=tokens[row],
+                confidences=np.array(confidences[row]),
                 temperature=request.temperature,
                 is_sampled=kinds[row] == SAMPLED,
-                draft_probs=torch.stack(probs[row][:count]) if is_kept[row] and count else None,
+                draft_probs=torch.stack(probs[row]) if is_kept[row] else None,
                 draft_token_ids=self.head.draft_token_ids,
             )
-            for row, (request, count) in enumerate(zip(requests, counts, strict=True))
+            for row, request in enumerate(requests)
         }
 
     def _catch_up(self, requests: Sequence[DraftRequest], block_table: torch.Tensor) -> torch.Tensor:
@@ -235,13 +236,12 @@ class LearnedDrafter:
         self, hidden: torch.Tensor, requests: Sequence[DraftRequest], kinds: Sequence[str], step: int
     ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """(token [B] int64 on the CPU, probabilities [B, V_draft], its own [B]) that follow the head's output."""
-        if self.output_weight is not None:
-            logits = torch.nn.functional.linear(hidden, self.output_weight)
-        else:
-            logits = self.runner.get_model().compute_logits(hidden)
-        temperature = torch.tensor([request.temperature for request in requests], device=logits.device)
-        scale = temperature.where(temperature > 0, torch.ones_like(temperature))
-        probs = (logits.float() / scale[:, None]).softmax(1)
+        logits = self._read_out(hidden)
+        scales = [request.temperature if request.temperature > 0 else 1.0 for request in requests]
+        logits = logits.float()
+        if any(scale != 1 for scale in scales):
+            logits = logits / torch.tensor(scales, device=logits.device)[:, None]
+        probs = logits.softmax(1)
         ids = self.head.draft_token_ids
         columns = logits.argmax(1)
         for kind, stream in ((COUPLED, TOKEN), (SAMPLED, DRAFT)):

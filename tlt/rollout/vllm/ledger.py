@@ -6,7 +6,7 @@ draft, V vocabulary.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,15 @@ class Proposal:
     def is_random(self) -> bool:
         """Its request is not greedy."""
         return self.temperature > 0
+
+    def first(self, count: int) -> "Proposal":
+        """Its first tokens alone."""
+        if count == len(self.token_ids):
+            return self
+        probs = None if self.draft_probs is None else self.draft_probs[:count]
+        return replace(
+            self, token_ids=self.token_ids[:count], confidences=self.confidences[:count], draft_probs=probs
+        )  # fmt: skip
 
 
 @dataclass

@@ -9,11 +9,9 @@ from tlt.drafter.router import Candidate, DraftRouter, trusted
 from tlt.rollout.vllm.learned_drafter import AsAsked, DraftLimit, DraftRequest, LearnedDrafter
 from tlt.rollout.vllm.ledger import Proposal
 from tlt.rollout.vllm.suffix_drafter import SuffixDrafter
-from tlt.spec.cost_model import Prices
+from tlt.spec.cost_model import NO_PRICES
 from tlt.spec.strategy import ADAPTIVE
 from tlt.types import SpecStrategy, prompt_id_of
-
-NO_PRICES = Prices(step_s=0.0, token_s=0.0, pass_s={}, row_s={})
 
 
 class Router(Protocol):
@@ -22,6 +20,9 @@ class Router(Protocol):
     def plan(self, requests: Sequence[DraftRequest], strategy: SpecStrategy) -> Mapping[str, list[DraftRequest]]:
         """Requests of each drafter, asking for what they get; a function of their past and of shared prices."""
 
+    def cut(self, proposals: Mapping[str, Proposal]) -> Mapping[str, Proposal]:
+        """What of all drafts of an engine step is to be verified."""
+
 
 class OneForAll:
     """Every request gets the engine step's strategy."""
@@ -29,6 +30,9 @@ class OneForAll:
     def plan(self, requests: Sequence[DraftRequest], strategy: SpecStrategy) -> dict[str, list[DraftRequest]]:
         count = strategy.num_draft_tokens
         return {strategy.method: [request.asking_for(min(count, request.num_draft_tokens)) for request in requests]}
+
+    def cut(self, proposals: Mapping[str, Proposal]) -> Mapping[str, Proposal]:
+        return proposals
 
 
 class AdaptiveRouting:
@@ -43,13 +47,14 @@ class AdaptiveRouting:
         self.heads = heads
         self.limits: dict[bool, DraftLimit] = {True: WorthLimit(router, agree=agree), False: AsAsked()}
         self.prices = NO_PRICES
+        self.is_adaptive = False
 
     def plan(self, requests: Sequence[DraftRequest], strategy: SpecStrategy) -> dict[str, list[DraftRequest]]:
-        is_adaptive = strategy.method == ADAPTIVE
+        self.is_adaptive = strategy.method == ADAPTIVE
         for head in self.heads:
-            head.limit = self.limits[is_adaptive]
+            head.limit = self.limits[self.is_adaptive]
         plan = OneForAll().plan(requests, strategy)
-        return self._routed(plan[ADAPTIVE]) if is_adaptive else plan
+        return self._routed(plan[ADAPTIVE]) if self.is_adaptive else plan
 
     def _routed(self, requests: Sequence[DraftRequest]) -> dict[str, list[DraftRequest]]:
         found = self.suffix.look_up(requests)
@@ -67,6 +72,22 @@ class AdaptiveRouting:
             if route is not None:
                 plan.setdefault(route.drafter, []).append(request.asking_for(route.num_draft_tokens))
         return plan
+
+    def cut(self, proposals: Mapping[str, Proposal]) -> Mapping[str, Proposal]:
+        """Rejection sampling is exact only if whether a draft is verified does not depend on what it turned out to be,
+        so sampled drafts are left whole; where the policy's token depends on no draft, any may be dropped."""
+        if not self.is_adaptive:
+            return proposals
+        own = list(proposals.values())
+        standings = [
+            self.router.standing(
+                one.drafter, request=one.request_name, group=prompt_id_of(one.request_name), is_random=one.is_random,
+                match_length=one.match_length, confidences=one.confidences,
+            )
+            for one in own
+        ]  # fmt: skip
+        counts = self.router.cut(standings, [one.is_sampled for one in own])
+        return {name: one.first(count) for (name, one), count in zip(proposals.items(), counts, strict=True)}
 
     def verified(self, proposal: Proposal, num_accepted: int) -> None:
         """Learn from a verification, whatever chose the draft."""
@@ -90,17 +111,11 @@ class WorthLimit:
         self._is_random = np.array([request.temperature > 0 for request in requests])
         self._factors = np.array([self.router.factor(name, request.name, request.group) for request in requests])
         self._standing = np.ones(len(requests))
-        self._num_worth = np.zeros(len(requests), dtype=int)
 
     def goes_on(self, rows: np.ndarray, confidences: np.ndarray) -> np.ndarray:
         name, depth, is_random, factors = self._name, self._depth, self._is_random[rows], self._factors[rows]
         either = [self.router.stands(name, depth, one, confidences) for one in (False, True)]
         self._standing[rows] *= trusted(np.where(is_random, either[1], either[0]), factors)
         self._depth += 1
-        is_worth = self.router.is_worth_verifying(self._standing[rows])
-        self._num_worth[rows[is_worth]] = self._depth
-        goes_on = is_worth & self.router.goes_on(name, self._depth, self._standing[rows], is_random, factors)
+        goes_on = self.router.goes_on(name, self._depth, self._standing[rows], is_random, factors)
         return np.array(self.agree(goes_on.tolist()))  # ranks of a replica may round differently
-
-    def num_tokens(self, row: int, num_drafted: int) -> int:
-        return int(self._num_worth[row])

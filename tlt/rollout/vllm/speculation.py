@@ -20,10 +20,10 @@ from tlt.rollout.vllm.drafting import Agree, Drafting, EngineDrafter, NoHiddenSt
 from tlt.rollout.vllm.learned_drafter import LearnedDrafter, output_name
 from tlt.rollout.vllm.ledger import DraftLedger, Proposal
 from tlt.rollout.vllm.lookup_drafter import LookupDrafter
-from tlt.rollout.vllm.routing import NO_PRICES, AdaptiveRouting
+from tlt.rollout.vllm.routing import AdaptiveRouting
 from tlt.rollout.vllm.suffix_drafter import SuffixDrafter, compile_kernels
 from tlt.rollout.vllm.token_pool import TokenPool
-from tlt.spec.cost_model import CostModel
+from tlt.spec.cost_model import NO_PRICES, CostModel
 from tlt.spec.draft_kind import kind_choice
 from tlt.spec.policy import parse_policy
 from tlt.spec.strategy import ADAPTIVE, HEADS, StrategyPolicy
@@ -211,7 +211,8 @@ class Speculation:
         own = self.policy.choose(num_running)
         prices = NO_PRICES
         if own.method == ADAPTIVE:
-            prices = self.costs.prices(num_running, self.router.num_planned)
+            most = num_running * self.router.max_draft_tokens
+            prices = self.costs.prices(num_running, self.router.num_planned, max_draft_tokens=most)
         strategy, self.routing.prices = self.agree((own, prices))
         self._verified = self.drafting.strategy
         self._switches += strategy != self.drafting.strategy
@@ -224,10 +225,14 @@ class Speculation:
         if self.drafting.num_tokens:  # nothing but decoding
             verify_s = seconds - self.drafting.draft_s
             self.costs.observe_step(self.drafting.num_tokens, verify_s)
-            self.policy.observe(
-                self._verified, num_running=self.drafting.num_rows, num_tokens=self.drafting.num_sampled,
-                seconds=self._draft_s + verify_s,
-            )  # fmt: skip
+            num_rows, num_sampled, whole_s = (
+                self.drafting.num_rows,
+                self.drafting.num_sampled,
+                self._draft_s + verify_s,
+            )
+            self.policy.observe(self._verified, num_running=num_rows, num_tokens=num_sampled, seconds=whole_s)
+            if self._verified.method == ADAPTIVE:
+                self.costs.observe_rate(num_rows, num_sampled, whole_s)
         self._draft_s = self.drafting.draft_s
         if self.learned is None:
             return
