@@ -2,13 +2,14 @@
 
 tools/bench_rollout.py --model DIR --sources 'reasoning-gym:...' --strategies plain,off,eagle:4 --drafter DIR
 
-`plain` is an engine without any code of speculation, `off` one that could speculate and does not. Each repetition
-rolls out other prompts, the same ones with the same seeds under each strategy, in an order that rotates; ratios are
-of one repetition's times, and the table has their medians. Every strategy but sampled drafts gives the tokens of
-`plain` but for rounding near ties, after which a response may become several times as long: the first strategy of a
-repetition writes, the others are made to draw its tokens, so that all do the same work, and how often they would have
-drawn another one is reported. Engines live in processes of their own, `--ranks` for each kind of engine, and one kind
-runs at a time. A row carries the workload's entropy and one-hot ceiling: without them it means nothing.
+`plain` is an engine without any code of speculation, `off` one that could speculate and does not, `stock-eagle:4` and
+`stock-ngram:4` are vLLM's own speculation. Each repetition rolls out other prompts, the same ones with the same seeds
+under each strategy, in an order that rotates; ratios are of one repetition's times, and the table has their medians.
+Every strategy but sampled drafts gives the tokens of `plain` but for rounding near ties, after which a response may
+become several times as long: the first strategy of a repetition writes, the others are made to draw its tokens, so
+that all do the same work, and how often they would have drawn another one is reported. Engines live in processes of
+their own, `--ranks` for each kind of engine, and one kind runs at a time. A row carries the workload's entropy and
+one-hot ceiling: without them it means nothing.
 """
 
 import argparse
@@ -21,12 +22,15 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
 from tools.lone_engine import make_engine  # noqa: E402
+from tools.stock_engine import PREFIX, make_stock_engine, stock_config  # noqa: E402
 
 PLAIN = "plain"
+SPECULATIVE = "speculative"
 LONG = 200
 """Tokens above which a response is reported apart."""
 
@@ -91,7 +95,7 @@ def serve(rank: int, args: argparse.Namespace, kind: str, store: str, inbox, out
     outbox.put((rank, "ready", None))
     while (task := inbox.get()) is not None:
         strategy, workload, seed, replay.texts = task
-        if kind != PLAIN:
+        if kind == SPECULATIVE:
             if strategy not in policies:
                 policies[strategy], _ = parse_policy(strategy, "--strategies", seed=args.seed)
             engine.speculation.policy = policies[strategy]
@@ -150,21 +154,30 @@ def engine_of(args: argparse.Namespace, kind: str):
 
     hf_config = read_hf_config(args.model)
     rollout = RolloutConfig(max_model_len=args.max_model_len, max_response_tokens=args.max_tokens)
-    spec = SpecConfig() if kind == PLAIN else spec_config(args)
+    spec = spec_config(args) if kind == SPECULATIVE else SpecConfig()
     plan = read_spec_plan(spec, target_config=hf_config, dtype=getattr(torch, args.dtype), tp_size=1)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    return make_engine(
-        rollout, hf_model=args.model, dtype=args.dtype, plan=plan,
+    make = partial(
+        make_engine, rollout, hf_model=args.model, dtype=args.dtype, plan=plan,
         stop_token_ids=stop_token_ids(Path(args.model), hf_config, tokenizer),
     )  # fmt: skip
+    if kind in (PLAIN, SPECULATIVE):
+        return make()
+    return make_stock_engine(kind, stock_config(kind, args.drafter, "--strategies"), make)
+
+
+def kind_of(strategy: str) -> str:
+    """The engine that runs it: one for `plain`, one for each of vLLM's own, one for all of ours."""
+    return strategy if strategy == PLAIN or strategy.startswith(PREFIX) else SPECULATIVE
 
 
 def spec_config(args: argparse.Namespace):
-    """Of the engine that all strategies but `plain` share: room for the longest draft among them."""
+    """Of the engine that all strategies of ours share: room for the longest draft among them."""
     from tlt.config import SpecConfig
     from tlt.spec.policy import parse_policy
 
-    parsed = [parse_policy(text, "--strategies") for text in args.strategies.split(",") if text != PLAIN]
+    own = [text for text in args.strategies.split(",") if kind_of(text) == SPECULATIVE]
+    parsed = [parse_policy(text, "--strategies") for text in own]
     longest = max((policy.max_draft_tokens for policy, _ in parsed), default=0)
     method = "eagle" if args.drafter else "prompt_lookup"
     return SpecConfig(
@@ -286,7 +299,7 @@ def measure(args: argparse.Namespace, workloads: list[Workload], strategies: lis
         order = strategies[repetition % len(strategies) :] + strategies[: repetition % len(strategies)]
         texts: dict[str, tuple[int, ...]] = {}
         for strategy in order:
-            ranks = engines[strategy if strategy == PLAIN else "speculative"]
+            ranks = engines[kind_of(strategy)]
             seconds, answers = ranks.rollout(strategy, workload, args.seed + repetition, texts)
             if args.drafts in ("coupled", "one-hot") and not texts:
                 texts = {name: ids for one in answers for name, ids in one["tokens"].items()}
@@ -356,14 +369,16 @@ def main() -> int:
     strategies = args.strategies.split(",")
     try:
         spec_config(args)
+        for strategy in strategies:
+            if strategy.startswith(PREFIX):
+                stock_config(strategy, args.drafter, "--strategies")
         workloads = read_workloads(args)
     except ValueError as error:
         print(f"bench_rollout.py: error: {error}", file=sys.stderr)
         return 2
     from tlt.provenance import git_commit
 
-    kinds = {PLAIN if strategy == PLAIN else "speculative" for strategy in strategies}
-    engines = {kind: Ranks(args, kind) for kind in sorted(kinds)}
+    engines = {kind: Ranks(args, kind) for kind in sorted({kind_of(strategy) for strategy in strategies})}
     rows = [one for workload in workloads for one in measure(args, workload, strategies, engines)]
     for ranks in engines.values():
         ranks.close()

@@ -98,7 +98,10 @@ def check_refusal(status: int, errors: str, folder: Path, message: str) -> None:
 
 
 def test_the_rollout_benchmark_pairs_strategies(model, head, tmp_path):
-    strategies = ["plain", "off", "eagle:2", "suffix:3", "adaptive:4", "beg-mab@1=eagle:2|suffix:3"]
+    strategies = [
+        "plain", "off", "eagle:2", "suffix:3", "adaptive:4", "beg-mab@1=eagle:2|suffix:3", "stock-ngram:2",
+        "stock-eagle:2",
+    ]  # fmt: skip
     result = run(
         "bench_rollout.py", "--model", str(model), "--drafter", str(head), "--sources", SUMS, "--strategies",
         ",".join(strategies), "--requests-per-rank", "4", "--group-size", "2", "--dtype", "float32",
@@ -111,6 +114,7 @@ def test_the_rollout_benchmark_pairs_strategies(model, head, tmp_path):
     assert len({row["num_tokens"] for row in rows.values()}) == 1, "the same responses"
     assert rows["off"]["acceptance_length"] == 1
     assert rows["eagle:2"]["drafted_per_verification"] > 1
+    assert rows["stock-eagle:2"]["drafted_per_verification"] == 2
     assert 0 < rows["plain"]["one_hot_ceiling"] < 1
     assert all(row["forced_frac"] == 0 for row in rows.values()), "what is forced in fp32 is drawn anyway"
 

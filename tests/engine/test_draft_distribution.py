@@ -62,7 +62,7 @@ class Guess:
         """Has no state."""
 
 
-class Alternating:
+class Alternating(OneForAll):
     """Every second request is drafted for by the head, the others by the guess."""
 
     def plan(self, requests, strategy):
@@ -71,7 +71,7 @@ class Alternating:
         return OneForAll().plan(odd, strategy) | OneForAll().plan(even, replace(strategy, method="guess"))
 
 
-class Guessing:
+class Guessing(OneForAll):
     def plan(self, requests, strategy):
         return OneForAll().plan(requests, replace(strategy, method="guess"))
 

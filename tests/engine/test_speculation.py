@@ -17,6 +17,7 @@ from tests.tiny_models import write_tiny_model
 from tlt.config import SpecConfig, read_hf_config
 from tlt.drafter.model import EagleHead, HeadShape, initialize, save_head
 from tlt.rollout.vllm.learned_drafter import DraftRequest
+from tlt.rollout.vllm.routing import OneForAll
 from tlt.rollout.vllm.speculation import LEARNED
 from tlt.spec.draft_kind import COUPLED, ONE_HOT, FixedKind
 from tlt.spec.strategy import FixedStrategy, parse_strategy
@@ -75,7 +76,7 @@ class EveryStep:
         assert seconds > 0
 
 
-class ByRequest:
+class ByRequest(OneForAll):
     """Routes each request its own way, and differently as it grows; alike on all ranks, or their collectives part."""
 
     choices = (("off", 0), ("prompt_lookup", 3), ("eagle", 4), ("suffix", 5), ("eagle2", 2))
