@@ -209,10 +209,11 @@ class LearnedDrafter:
         slots = self.pool.slots(block_table, index, position)
         hidden = self.head.fuse(self.pool.at(self.head.reads, slots))
         output = self._forward(
-            next_tokens.long(), hidden, position, slots, block_table, counts, torch.tensor(ends, dtype=torch.int32)
+            next_tokens.long(), hidden, position, slots, block_table, torch.tensor(ends, dtype=torch.int32),
+            rows=counts.cumsum(0) - 1,
         )  # fmt: skip
         self._num_cached.update(zip((request.request_id for request in requests), ends, strict=True))
-        return output[counts.cumsum(0) - 1]
+        return output
 
     def _one_more(
         self, tokens: torch.Tensor, hidden: torch.Tensor, position: torch.Tensor, block_table: torch.Tensor
@@ -220,17 +221,17 @@ class LearnedDrafter:
         """[B, H] one position further, on the head's own output; these keys are overwritten once verified."""
         index = torch.arange(len(tokens))
         slots = self.pool.slots(block_table, index, position.long())
-        return self._forward(
-            tokens, hidden, position.long(), slots, block_table, torch.ones_like(position), position + 1
-        )
+        return self._forward(tokens, hidden, position.long(), slots, block_table, position + 1)
 
-    def _forward(self, tokens, hidden, position, slots, block_table, query_lens, seq_lens) -> torch.Tensor:
+    def _forward(self, tokens, hidden, position, slots, block_table, seq_lens, rows=None) -> torch.Tensor:
+        """[B, H] at each request's last token, one of `rows` [B] where it has several; the others leave their keys."""
         device = self.runner.device
         embeddings = self.runner.get_model().model.embed_tokens(tokens.to(device))
         attend = self.attention.plan(
-            block_table=block_table.to(device), query_lens=query_lens, seq_lens=seq_lens, slots=slots.to(device)
-        )
-        return self.head(embeddings.to(hidden.dtype), hidden, position.to(device), attend)
+            block_table=block_table.to(device), query_lens=torch.ones_like(seq_lens), seq_lens=seq_lens,
+            slots=slots.to(device),
+        )  # fmt: skip
+        return self.head(embeddings.to(hidden.dtype), hidden, position.to(device), attend, rows)
 
     def _choose(
         self, hidden: torch.Tensor, requests: Sequence[DraftRequest], kinds: Sequence[str], step: int
