@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tlt.config import RolloutConfig
 from tlt.drafter.history import SuffixHistory
 from tlt.protocols import OnFinished, RolloutInterrupted
+from tlt.rollout.outlook import NoOutlook, Outlook
 from tlt.rollout.placement import longest_first, place_groups
 from tlt.rollout.vllm import readback, sampling, shared_memory
 from tlt.rollout.vllm.drafting import NAME, SEED, speculative_config
@@ -74,13 +75,14 @@ class VLLMRolloutEngine:
     def __init__(
         self, config: RolloutConfig, *, hf_model: str, dtype: str, seed: int, stop_token_ids: Sequence[int],
         decode: Callable[[Sequence[int]], str], should_stop: Callable[[], bool], spec: SpecPlan,
-        history: SuffixHistory,
+        history: SuffixHistory, outlook: Outlook | NoOutlook,
     ):  # fmt: skip
         set_engine_environment(config)
         from vllm import LLM
 
         self.config = config
         self.history = history
+        self.outlook = outlook
         self.stop_token_ids = list(stop_token_ids)
         self.decode = decode
         self.should_stop = should_stop
@@ -161,6 +163,7 @@ class VLLMRolloutEngine:
         begin_s = time.perf_counter()
         self._stats = EngineStats()
         self.speculation.begin(own)
+        self.outlook.begin(own, max_response_tokens=sampling.max_response_tokens)
         waiting = {}
         for prompt in (own[index] for index in order):
             for sample in range(group_size):
@@ -218,7 +221,13 @@ class VLLMRolloutEngine:
             waiting = {request.request_id for request in self.scheduler.waiting if request.status.name == "PREEMPTED"}
             self._stats.num_preemptions += len(waiting - preempted)
             preempted = waiting
+            self.outlook.after_step(self._lengths, time.perf_counter())
             yield from (output for output in outputs if output.finished)
+
+    def _lengths(self) -> dict[str, int]:
+        """Response tokens of each unfinished rollout, by name."""
+        requests = self.scheduler.requests.values()
+        return {request.sampling_params.extra_args[NAME]: request.num_output_tokens for request in requests}
 
     def _agree(self, value: Any) -> Any:
         """The first rank's value (a strategy, or drafts), on all ranks of the replica."""
