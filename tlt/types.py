@@ -180,6 +180,10 @@ class TailReport:
     """Optimizer steps."""
     has_failed: bool = False
     """Its trainer raised, now or before."""
+    expected_s: float = 0.0
+    """Seconds that the tail was expected to last when it began; 0 where nothing was known."""
+    was_too_short: bool = False
+    """It was never expected to last long enough for one optimizer step."""
     back_s: float = 0.0
     """Wall-clock second at which it was where all ranks meet; 0 where it never left."""
 

@@ -152,15 +152,18 @@ def rollout_metrics(reports: Sequence[ReplicaReport]) -> dict[str, float]:
 
 
 def tail_metrics(reports: Sequence[ReplicaReport], *, end_s: float, idle_s: float) -> dict[str, float]:
-    """What idle ranks did; nothing where none trained in this rollout or has failed before."""
+    """What idle ranks did; nothing where none expected a tail, trained in this rollout or has failed before."""
     tails = [report.tail for report in reports]
-    if not any(tail.num_steps or tail.has_failed for tail in tails):
+    expected_s = [tail.expected_s for tail in tails if tail.expected_s > 0]
+    if not expected_s and not any(tail.num_steps or tail.has_failed for tail in tails):
         return {}
     late_s = [max(tail.back_s - end_s, 0.0) for tail in tails if tail.num_steps]
     return {
         "spot/train_s": sum(tail.train_s for tail in tails),
         "spot/idle_rank_s_used_frac": sum(tail.train_s for tail in tails) / idle_s if idle_s > 0 else 0.0,
         "spot/ranks_trained": float(sum(tail.num_steps > 0 for tail in tails)),
+        "spot/ranks_too_late": float(sum(tail.was_too_short for tail in tails)),
+        **({"spot/expected_tail_s": max(expected_s)} if expected_s else {}),
         "spot/preemption_s_max": max(late_s, default=0.0),
     }
 

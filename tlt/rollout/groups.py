@@ -14,6 +14,7 @@ ADDED = (
     "reward/wait_s",
     "spot/steps",
     "spot/train_s",
+    "spot/ranks_too_late",
     "spot/published",
 )
 """Metrics that add up over the rounds of an iteration; the others are means weighted by each round's duration."""
