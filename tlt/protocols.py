@@ -41,7 +41,7 @@ class RolloutEngine(Protocol):
         seed: int,
         on_finished: OnFinished,
     ) -> list[RolloutGroup]:
-        """Groups of the prompts placed on this replica, in the order of `prompts`.
+        """Groups of what this replica generated, in the order of `prompts`; replicas together have each response once.
 
         Raises RolloutInterrupted on all ranks of the replica when told to stop. Collective over the replica's ranks.
         """

@@ -9,6 +9,7 @@ ADDED = (
     "rollout/duration_s",
     "rollout/tail_s",
     "rollout/preemptions",
+    "rollout/moved_responses",
     "reward/timeouts",
     "reward/errors",
     "reward/wait_s",

@@ -178,7 +178,7 @@ class VLLMRolloutEngine:
         finished: dict[str, Rollout] = {}
         for output in self._run(list(waiting)):
             prompt, sample = waiting[output.request_id]
-            rollout = self._rollout(output)
+            rollout = self._rollout(output, sample)
             self.speculation.finished(
                 output.request_id, [*prompt.token_ids, *rollout.token_ids],
                 num_prompt_tokens=len(prompt.token_ids), policy_version=self.policy_version,
@@ -264,7 +264,7 @@ class VLLMRolloutEngine:
             extra_args={SEED: seed, NAME: name},
         )
 
-    def _rollout(self, output) -> Rollout:
+    def _rollout(self, output, sample_index: int) -> Rollout:
         completion = output.outputs[0]
         token_ids = tuple(completion.token_ids)
         rows = completion.logprobs
@@ -275,6 +275,7 @@ class VLLMRolloutEngine:
             logprobs=tuple(row[token].logprob for row, token in zip(rows, token_ids, strict=True)),
             entropies=tuple(row[sampling.ENTROPY].logprob for row in rows),
             max_probs=tuple(row[sampling.MAX_PROB].logprob for row in rows),
+            sample_index=sample_index,
             replica=self.replica,
             text=self.decode(text_ids),
             finish_reason=completion.finish_reason,
