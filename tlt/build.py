@@ -40,7 +40,9 @@ from tlt.provenance import write_run_record
 from tlt.rewards.pool import RewardPool
 from tlt.rl.losses import Objective, PolicyObjective
 from tlt.rollout.collector import RolloutCollector
+from tlt.rollout.consolidation import Consolidation, NoConsolidation
 from tlt.rollout.groups import GroupSampler
+from tlt.rollout.handover import HandoverBoard
 from tlt.rollout.log import RolloutLog
 from tlt.rollout.outlook import NoOutlook, Outlook
 from tlt.rollout.vllm.engine import VLLMRolloutEngine, parse_engine_args
@@ -168,9 +170,8 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
         read_history(inputs.checkpoint, history)
     store = torch.distributed.distributed_c10d._get_default_store()
     board = TailBoard(store, rank=parallel.rank, world_size=parallel.world_size)
-    outlook = NoOutlook() if config.spot.training == "off" else Outlook(history, board.tell_remaining)
     with trace.span("build_engine"):
-        engine = build_engine(config, inputs, interrupt, history, outlook)
+        engine = build_engine(config, inputs, interrupt, history, board)
         engine.sleep()
     with trace.span("build_policy"):
         trainer = build_policy_trainer(
@@ -259,9 +260,18 @@ def build_checkpoints(
 
 
 def build_engine(
-    config: RunConfig, inputs: Inputs, interrupt: Interrupt, history: SuffixHistory, outlook: Outlook | NoOutlook
+    config: RunConfig, inputs: Inputs, interrupt: Interrupt, history: SuffixHistory, board: TailBoard
 ) -> VLLMRolloutEngine:
     """This rank's engine. Collective over all ranks; all must call."""
+    is_told, is_consolidated = config.spot.training == "on", config.rollout.consolidate_tail == "on"
+    outlook: Outlook | NoOutlook = NoOutlook()
+    if is_told or is_consolidated:
+        outlook = Outlook(history, board.tell_remaining if is_told else lambda seconds: None)
+    consolidation: Consolidation | NoConsolidation = NoConsolidation()
+    if is_consolidated:
+        size = config.rollout.tensor_parallel_size
+        handover = HandoverBoard(board.store, replica=board.rank // size, num_replicas=board.world_size // size)
+        consolidation = Consolidation(handover, outlook, is_replica_leader=board.rank % size == 0)
     return VLLMRolloutEngine(
         config.rollout,
         hf_model=config.model.hf_model,
@@ -273,6 +283,7 @@ def build_engine(
         spec=inputs.spec,
         history=history,
         outlook=outlook,
+        consolidation=consolidation,
     )
 
 
