@@ -40,8 +40,11 @@ from tlt.provenance import write_run_record
 from tlt.rewards.pool import RewardPool
 from tlt.rl.losses import Objective, PolicyObjective
 from tlt.rollout.collector import RolloutCollector
+from tlt.rollout.consolidation import Consolidation, NoConsolidation
 from tlt.rollout.groups import GroupSampler
+from tlt.rollout.handover import HandoverBoard
 from tlt.rollout.log import RolloutLog
+from tlt.rollout.outlook import NoOutlook, Outlook
 from tlt.rollout.vllm.engine import VLLMRolloutEngine, parse_engine_args
 from tlt.rollout.vllm.learned_drafter import shapes
 from tlt.rollout.vllm.speculation import LEARNED, read_spec_plan
@@ -165,8 +168,10 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
     history = SuffixHistory(config.spec.history_mib * 2**20)
     if inputs.checkpoint is not None:
         read_history(inputs.checkpoint, history)
+    store = torch.distributed.distributed_c10d._get_default_store()
+    board = TailBoard(store, rank=parallel.rank, world_size=parallel.world_size)
     with trace.span("build_engine"):
-        engine = build_engine(config, inputs, interrupt, history)
+        engine = build_engine(config, inputs, interrupt, history, board)
         engine.sleep()
     with trace.span("build_policy"):
         trainer = build_policy_trainer(
@@ -177,7 +182,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             trainer.load(inputs.checkpoint)
             logger.info("resumed from %s", inputs.checkpoint)
 
-    tail = build_tail_work(config, engine, parallel, interrupt=interrupt, trace=trace)
+    tail = build_tail_work(config, engine, parallel, board, interrupt=interrupt, trace=trace)
     tail.load_state_dict(inputs.tail_state)
     rollouts = RolloutCollector(
         engine, rewards, parallel, history=history, tail=tail, interrupt=interrupt, trace=trace
@@ -254,8 +259,19 @@ def build_checkpoints(
     )
 
 
-def build_engine(config: RunConfig, inputs: Inputs, interrupt: Interrupt, history: SuffixHistory) -> VLLMRolloutEngine:
+def build_engine(
+    config: RunConfig, inputs: Inputs, interrupt: Interrupt, history: SuffixHistory, board: TailBoard
+) -> VLLMRolloutEngine:
     """This rank's engine. Collective over all ranks; all must call."""
+    is_told, is_consolidated = config.spot.training == "on", config.rollout.consolidate_tail == "on"
+    outlook: Outlook | NoOutlook = NoOutlook()
+    if is_told or is_consolidated:
+        outlook = Outlook(history, board.tell_remaining if is_told else lambda seconds: None)
+    consolidation: Consolidation | NoConsolidation = NoConsolidation()
+    if is_consolidated:
+        size = config.rollout.tensor_parallel_size
+        handover = HandoverBoard(board.store, replica=board.rank // size, num_replicas=board.world_size // size)
+        consolidation = Consolidation(handover, outlook, is_replica_leader=board.rank % size == 0)
     return VLLMRolloutEngine(
         config.rollout,
         hf_model=config.model.hf_model,
@@ -266,12 +282,14 @@ def build_engine(config: RunConfig, inputs: Inputs, interrupt: Interrupt, histor
         should_stop=interrupt.is_requested,
         spec=inputs.spec,
         history=history,
+        outlook=outlook,
+        consolidation=consolidation,
     )
 
 
 def build_tail_work(
-    config: RunConfig, engine: VLLMRolloutEngine, parallel: process_groups.Parallel, *, interrupt: Interrupt,
-    trace: Trace,
+    config: RunConfig, engine: VLLMRolloutEngine, parallel: process_groups.Parallel, board: TailBoard, *,
+    interrupt: Interrupt, trace: Trace,
 ) -> TailWork:  # fmt: skip
     """What ranks do while others still decode."""
     if config.spot.training == "off":
@@ -281,11 +299,9 @@ def build_tail_work(
         head, replace(config.drafter, lr=config.spot.lr, min_lr_frac=1.0), target=engine.drafter_target,
         temperature=config.rollout.temperature, seed=config.training.seed + parallel.rank,
     )  # fmt: skip
-    store = torch.distributed.distributed_c10d._get_default_store()
     return SpotTraining(
-        learner, engine, TailBoard(store, world_size=parallel.world_size), parallel, config=config.spot,
-        is_stopped=interrupt.is_requested, trace=trace,
-    )  # fmt: skip
+        learner, engine, board, parallel, config=config.spot, is_stopped=interrupt.is_requested, trace=trace
+    )
 
 
 def build_policy_trainer(

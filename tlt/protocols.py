@@ -41,7 +41,7 @@ class RolloutEngine(Protocol):
         seed: int,
         on_finished: OnFinished,
     ) -> list[RolloutGroup]:
-        """Groups of the prompts placed on this replica, in the order of `prompts`.
+        """Groups of what this replica generated, in the order of `prompts`; replicas together have each response once.
 
         Raises RolloutInterrupted on all ranks of the replica when told to stop. Collective over the replica's ranks.
         """
@@ -129,7 +129,8 @@ class DrafterLearner(Protocol):
         """Weights become the mean over ranks. Collective over all ranks."""
 
     def scores(self, samples: Sequence[HiddenStateSample], *, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[3] float64 sums over drafts: of the live weights, of those to be published; number of drafts."""
+        """[R, 3] float64 of each response, sums over its drafts: of the live weights, of those to be published; number
+        of drafts."""
 
     def published(self) -> dict[str, torch.Tensor]:
         """Weights to draft with."""

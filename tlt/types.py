@@ -100,7 +100,10 @@ class Rollout:
     """Version of the weights that every token of the response was sampled with."""
     entropies: tuple[float, ...] = ()  # [R], nats, of the same distribution as logprobs; empty where not recorded
     max_probs: tuple[float, ...] = ()  # [R], largest probability: bounds a one-hot draft's acceptance
+    sample_index: int = 0
+    """Place in its group."""
     replica: int = 0
+    """Where it ended."""
     drafter_version: int = -1
     """Version of the learned drafter when the response ended; -1 without one."""
     num_drafts: int = 0
@@ -111,7 +114,8 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutGroup:
-    """The rollouts of one prompt (the group of GRPO), in the order of their sample index."""
+    """The rollouts of one prompt (the group of GRPO), in the order of their sample index; out of an engine, those of
+    them that ended there."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
@@ -180,6 +184,10 @@ class TailReport:
     """Optimizer steps."""
     has_failed: bool = False
     """Its trainer raised, now or before."""
+    expected_s: float = 0.0
+    """Seconds that the tail was expected to last when it began; 0 where nothing was known."""
+    was_too_short: bool = False
+    """It was never expected to last long enough for one optimizer step."""
     back_s: float = 0.0
     """Wall-clock second at which it was where all ranks meet; 0 where it never left."""
 
@@ -192,6 +200,8 @@ class EngineStats:
     num_response_tokens: int = 0
     rollout_s: float = 0.0
     num_preemptions: int = 0
+    num_adopted: int = 0
+    """Responses that were begun on another replica."""
     running_requests: list[int] = field(default_factory=list)
     """Requests that ran in each engine step."""
     step_s: list[float] = field(default_factory=list)

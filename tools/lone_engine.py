@@ -23,9 +23,12 @@ def make_engine(
     """VLLMRolloutEngine of this rank, never told to stop and without past responses; `rollout` is a RolloutConfig,
     `plan` a SpecPlan. Collective over all ranks; all must call."""
     from tlt.drafter.history import SuffixHistory
+    from tlt.rollout.consolidation import NoConsolidation
+    from tlt.rollout.outlook import NoOutlook
     from tlt.rollout.vllm.engine import VLLMRolloutEngine
 
     return VLLMRolloutEngine(
         rollout, hf_model=hf_model, dtype=dtype, seed=seed, stop_token_ids=stop_token_ids, decode=decode,
-        should_stop=lambda: False, spec=plan, history=SuffixHistory(0),
+        should_stop=lambda: False, spec=plan, history=SuffixHistory(0), outlook=NoOutlook(),
+        consolidation=NoConsolidation(),
     )  # fmt: skip

@@ -72,7 +72,7 @@ class Counting:
         self.value = sum_over_ranks(self.value * weight if weight > 0 else torch.zeros(1))
 
     def scores(self, samples, *, live) -> torch.Tensor:
-        return torch.tensor([float(live["value"]), float(self.value), 1.0], dtype=torch.float64)
+        return torch.tensor([[float(live["value"]), float(self.value), 1.0]], dtype=torch.float64)
 
     def published(self) -> dict:
         return {"value": self.value.clone()}
@@ -113,7 +113,7 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
     stopped = {"now": False}
     store = dist.PrefixStore(case, dist.distributed_c10d._get_default_store())
     spot = SpotTraining(
-        learner, engine, TimedBoard(store, world_size=world_size), world,
+        learner, engine, TimedBoard(store, rank=rank, world_size=world_size), world,
         config=SpotConfig(max_age=9), is_stopped=lambda: stopped["now"], trace=NoTrace(),
     )  # fmt: skip
     for rollout in range(3):

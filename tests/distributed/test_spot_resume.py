@@ -54,6 +54,9 @@ class Board(TailBoard):
     def ended(self) -> None:
         """Told by `is_stopped` instead."""
 
+    def remaining_s(self) -> None:
+        """Not known."""
+
     def all_ended(self) -> bool:
         return False
 
@@ -67,7 +70,7 @@ def start(rank: int, world_size: int) -> SpotTraining:
     )  # fmt: skip
     spot: SpotTraining
     spot = SpotTraining(
-        learner, Engine(learner.published(), rank=rank), Board(None, world_size=world_size),
+        learner, Engine(learner.published(), rank=rank), Board(None, rank=rank, world_size=world_size),
         Meeting(rank, world_size), config=SpotConfig(held_out_every=3),
         is_stopped=lambda: spot.num_steps >= 15 + rank, trace=NoTrace(),
     )  # fmt: skip

@@ -156,6 +156,26 @@ def test_rl_is_the_same_run_with_and_without_speculation(model, head, tmp_path):
     assert "spec/acceptance_length" not in plain[1]
 
 
+def test_rl_is_the_same_run_where_responses_move_between_replicas(model, tmp_path):
+    # One prompt for two replicas: one of them has nothing to do but what it takes over.
+    common = {
+        "train_iters": 2, "eval_num_prompts": 0, "rl_prompts_per_iteration": 1, "rl_optimizer_steps": 1,
+        "rollout_max_response_tokens": 150,
+    }  # fmt: skip
+    runs = []
+    for program, name in (("pretrain_rl", "off"), ("tests.e2e.generous", "on")):
+        run_forked(program, flags(model, tmp_path / name, **common, rollout_consolidate_tail=name))
+        runs.append(records(tmp_path / name))
+    off, on = runs
+    assert [len(run) for run in runs] == [3, 3]
+    for first, second in zip(off, on, strict=True):
+        for name in first:
+            if name.startswith(("rl/", "policy/", "reward/")) and not name.endswith("_s"):
+                assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-4), name
+    assert all(record["rollout/moved_responses"] >= 1 for record in on[1:])
+    assert not any("rollout/moved_responses" in record for record in off)
+
+
 def test_idle_ranks_train_the_drafter_and_the_run_is_the_same(model, head, tmp_path):
     common = {
         "train_iters": 3, "eval_num_samples": 0, "rollout_max_response_tokens": 60, "rl_optimizer_steps": 1,

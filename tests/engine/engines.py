@@ -9,6 +9,8 @@ import torch
 from megatron_patches import apply_patches
 from tlt.config import RolloutConfig, SpecConfig, read_hf_config
 from tlt.drafter.history import SuffixHistory
+from tlt.rollout.consolidation import NoConsolidation
+from tlt.rollout.outlook import NoOutlook
 from tlt.rollout.vllm.engine import VLLMRolloutEngine
 from tlt.rollout.vllm.speculation import read_spec_plan
 from tlt.types import Prompt, Rollout, RolloutGroup, SamplingConfig
@@ -41,6 +43,8 @@ def make_engine(
         should_stop=should_stop,
         spec=plan,
         history=SuffixHistory(history_mib * 2**20),
+        outlook=NoOutlook(),
+        consolidation=NoConsolidation(),
     )
 
 

@@ -73,7 +73,10 @@ def scripted(answer: dict, response: str) -> float:
 def group(name: str, texts: list[str]) -> RolloutGroup:
     prompt = Prompt(prompt_id=name, source="s", token_ids=(1,), text="", answer={})
     rollouts = tuple(
-        Rollout(token_ids=(1,), logprobs=(-1.0,), text=text, finish_reason="stop", policy_version=0) for text in texts
+        Rollout(
+            token_ids=(1,), logprobs=(-1.0,), text=text, finish_reason="stop", policy_version=0, sample_index=index
+        )
+        for index, text in enumerate(texts)
     )
     return RolloutGroup(prompt=prompt, rollouts=rollouts)
 

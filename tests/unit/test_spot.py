@@ -64,7 +64,7 @@ class Walk:
 
     def __init__(self, world_size: int):
         self.store = Counters()
-        self.boards = [TailBoard(self.store, world_size=world_size) for _ in range(world_size)]
+        self.boards = [TailBoard(self.store, rank=rank, world_size=world_size) for rank in range(world_size)]
         self.ranks = [Rank() for _ in range(world_size)]
         self.steps_after_drain = [0] * world_size
         for board, rank in zip(self.boards, self.ranks, strict=True):
@@ -129,7 +129,7 @@ def test_every_interleaving_ends_with_all_ranks_back(world_size):
 
 def test_rollouts_have_counters_of_their_own():
     store = Counters()
-    boards = [TailBoard(store, world_size=2) for _ in range(2)]
+    boards = [TailBoard(store, rank=rank, world_size=2) for rank in range(2)]
     for _ in range(3):
         for board in boards:
             board.begin()
@@ -156,7 +156,7 @@ class Watched:
 
     def scores(self, samples, *, live) -> torch.Tensor:
         self.judged += samples
-        return torch.zeros(3, dtype=torch.float64)
+        return torch.zeros(0, 3, dtype=torch.float64)
 
 
 class Engine:
@@ -185,7 +185,7 @@ class Engine:
 
 def watched_tail(engine: Engine, learner: Watched, config: SpotConfig) -> None:
     spot = SpotTraining(
-        learner, engine, TailBoard(Counters(), world_size=2), Alone(), config=config, is_stopped=lambda: False,
+        learner, engine, TailBoard(Counters(), rank=0, world_size=2), Alone(), config=config, is_stopped=lambda: False,
         trace=NoTrace(),
     )  # fmt: skip
     spot.begin()
@@ -259,12 +259,13 @@ def test_weights_become_the_mean_of_the_ranks_by_their_steps():
 def test_a_score_is_the_expected_number_of_accepted_tokens_and_rises_with_training():
     learner = make_learner()
     live = learner.published()
-    same = learner.scores(SAMPLES, live=live)
+    same = learner.scores(SAMPLES, live=live).sum(0)
     assert float(same[0]) == pytest.approx(float(same[1]))
+    assert len(learner.scores(SAMPLES, live=live)) == len(SAMPLES)
     assert int(same[2]) == sum(len(sample.token_ids) - 2 - (sample.num_prompt_tokens - 1) for sample in SAMPLES)
     assert 0 < float(same[0] / same[2]) < learner.trainer.config.num_depths
     better = trained(60)
-    found = better.scores(SAMPLES, live=live)
+    found = better.scores(SAMPLES, live=live).sum(0)
     assert float(found[0]) == pytest.approx(float(same[0]), rel=1e-4)
     assert float(found[1]) > 1.1 * float(found[0])
     before = {name: parameter.detach().clone() for name, parameter in better.trainer.parameters.items()}

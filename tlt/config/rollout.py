@@ -1,6 +1,7 @@
 """The rollout engines."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tlt.config.requirement import require
 
@@ -32,6 +33,9 @@ class RolloutConfig:
     """Fraction of GPU memory for weights and KV cache of the engine (GPU)."""
     kv_cache_gib: int = 1
     """GiB of host memory for the KV cache of each rank's engine (CPU)."""
+    consolidate_tail: Literal["off", "on"] = "off"
+    """Move unfinished responses from crowded replicas to those that are done, where measured step times and past
+    lengths say that it saves time; responses stay the same."""
     save_interval: int = 0
     """Iterations between which all responses with their probabilities are written to <save>/rollouts; 0 writes
     none."""

@@ -22,9 +22,13 @@ class SpotConfig:
     """One response in so many is never trained on and judges new weights against those that draft."""
     min_steps: int = 1
     """Optimizer steps, over all ranks, below which nothing is published."""
+    min_gain: float = 0.002
+    """Share of the tokens of a verification that a training must gain, measured over the last ones, for idle ranks to
+    train at every chance; below it they train every 2 to 8 policy versions, as fast as the head gets stale."""
 
     def __post_init__(self):
         require(self.lr > 0, "--spot-lr", self.lr, "above 0")
         require(self.max_age >= 0, "--spot-max-age", self.max_age, "at least 0")
         require(self.held_out_every >= 2, "--spot-held-out-every", self.held_out_every, "at least 2")
         require(self.min_steps >= 1, "--spot-min-steps", self.min_steps, "at least 1")
+        require(0 <= self.min_gain < 1, "--spot-min-gain", self.min_gain, "in [0, 1)")

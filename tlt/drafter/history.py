@@ -91,6 +91,12 @@ class SuffixHistory:
         self._use(prompt_key)
         return tuple(self._records[prompt_key].responses)
 
+    def lengths(self) -> np.ndarray:
+        """[Q] tokens of each response that is held, ascending."""
+        records = self._records.values()
+        lengths = [len(response.token_ids) for record in records for response in record.responses]
+        return np.sort(np.array(lengths, dtype=np.int64))
+
     def expected_length(self, prompt_key: str) -> float:
         """Tokens that a response of this prompt is expected to have; 0 if no response of any prompt is known.
 

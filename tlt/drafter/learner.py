@@ -63,21 +63,20 @@ class HeadLearner:
 
     @torch.no_grad()
     def scores(self, samples: Sequence[HiddenStateSample], *, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[3] float64: accepted tokens that sampled drafts of the live weights, and of those that would be published,
-        are expected to have, summed over drafts (the sum over depths of the product of 1 - TV(p, q)); number of
-        drafts."""
-        found = torch.zeros(3, dtype=torch.float64)
+        """[R, 3] float64, of each response that is long enough: accepted tokens that sampled drafts of the live
+        weights, and of those that would be published, are expected to have, summed over drafts (the sum over depths
+        of the product of 1 - TV(p, q)); number of drafts."""
         pieces = [piece for piece in map(whole, samples) if piece.num_starts > 0]
         if not pieces:
-            return found
+            return torch.zeros(0, 3, dtype=torch.float64)
         self.trainer.renew_target(self._target())
         own = {name: parameter.clone() for name, parameter in self.trainer.parameters.items()}
-        for index, tensors in enumerate((live, self.published())):
+        columns = []
+        for tensors in (live, self.published()):
             self._hold(tensors)
-            found[index] = sum(self._expected(piece) for piece in pieces)
+            columns.append([self._expected(piece) for piece in pieces])
         self._hold(own)
-        found[2] = sum(piece.num_starts for piece in pieces)
-        return found
+        return torch.tensor([*columns, [piece.num_starts for piece in pieces]], dtype=torch.float64).T
 
     def _expected(self, piece: Piece) -> float:
         """Expected accepted tokens of drafts of the present weights that begin at a piece's starts."""

@@ -42,7 +42,7 @@ class RewardPool:
         scored = [
             replace(
                 group,
-                rewards=tuple(self._reward(group.prompt.prompt_id, index) for index in range(len(group.rollouts))),
+                rewards=tuple(self._reward(group.prompt.prompt_id, each.sample_index) for each in group.rollouts),
             )
             for group in groups
         ]

@@ -10,7 +10,7 @@ from tlt.parallel import Parallel
 from tlt.protocols import RewardFn, RolloutEngine, RolloutInterrupted, TailWork
 from tlt.spec.acceptance import AcceptanceStats
 from tlt.trace import Trace
-from tlt.types import EngineStats, Prompt, RolloutGroup, SamplingConfig, TailReport
+from tlt.types import EngineStats, Prompt, Rollout, RolloutGroup, SamplingConfig, TailReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class RolloutCollector:
             reports = self.parallel.all_gather_objects(report)
         if any(report.interrupted for report in reports):
             raise Interrupted
-        groups = in_order(prompts, reports)
+        groups = in_order(prompts, reports, group_size=group_size)
         for group in groups:  # the same on all ranks, wherever a prompt will be placed next
             for rollout in group.rollouts:
                 self.history.add(group.prompt.problem_key, rollout.token_ids, policy_version=rollout.policy_version)
@@ -101,14 +101,23 @@ def trace_steps(trace: Trace, stats: EngineStats) -> None:
     )  # fmt: skip
 
 
-def in_order(prompts: Sequence[Prompt], reports: Sequence[ReplicaReport]) -> list[RolloutGroup]:
-    """Groups of all reports in the order of `prompts`. Raises RuntimeError unless each prompt has exactly one."""
-    groups = {group.prompt.prompt_id: group for report in reports for group in report.groups}
-    num_groups = sum(len(report.groups) for report in reports)
-    missing = [prompt.prompt_id for prompt in prompts if prompt.prompt_id not in groups]
-    if missing or num_groups != len(prompts):
-        raise RuntimeError(f"{len(prompts)} prompts gave {num_groups} groups; without one: {missing}")
-    return [groups[prompt.prompt_id] for prompt in prompts]
+def in_order(
+    prompts: Sequence[Prompt], reports: Sequence[ReplicaReport], *, group_size: int
+) -> list[RolloutGroup]:  # fmt: skip
+    """Groups in the order of `prompts`, of what reports have of them: a group's responses may have ended on several
+    replicas. Raises RuntimeError unless each prompt has each of its responses exactly once."""
+    found: dict[str, list[tuple[Rollout, float]]] = {prompt.prompt_id: [] for prompt in prompts}
+    for group in (group for report in reports for group in report.groups):
+        found[group.prompt.prompt_id] += zip(group.rollouts, group.rewards, strict=True)
+    groups = []
+    for prompt in prompts:
+        scored = sorted(found[prompt.prompt_id], key=lambda each: each[0].sample_index)
+        samples = [rollout.sample_index for rollout, _ in scored]
+        if samples != list(range(group_size)):
+            raise RuntimeError(f"prompt {prompt.prompt_id}: responses {samples} of {group_size} came back")
+        rollouts, rewards = zip(*scored, strict=True)
+        groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts, rewards=rewards))
+    return groups
 
 
 TAIL_SIZES = (1, 2, 4)
@@ -146,21 +155,31 @@ def rollout_metrics(reports: Sequence[ReplicaReport]) -> dict[str, float]:
         "rollout/idle_frac": sum(idle_s) / (len(reports) * duration_s) if duration_s > 0 else 0.0,
         "rollout/tokens_per_s": num_tokens / duration_s if duration_s > 0 else 0.0,
         "rollout/preemptions": float(sum(report.stats.num_preemptions for report in reports if report.groups)),
+        **moved_metrics(reports),
         **spec_metrics(reports),
         **tail_metrics(reports, end_s=end_s, idle_s=sum(idle_s)),
     }
 
 
+def moved_metrics(reports: Sequence[ReplicaReport]) -> dict[str, float]:
+    """Responses that ended on another replica than they began on; nothing where none did."""
+    num_moved = sum(report.stats.num_adopted for report in reports if report.groups)
+    return {"rollout/moved_responses": float(num_moved)} if num_moved else {}
+
+
 def tail_metrics(reports: Sequence[ReplicaReport], *, end_s: float, idle_s: float) -> dict[str, float]:
-    """What idle ranks did; nothing where none trained in this rollout or has failed before."""
+    """What idle ranks did; nothing where none expected a tail, trained in this rollout or has failed before."""
     tails = [report.tail for report in reports]
-    if not any(tail.num_steps or tail.has_failed for tail in tails):
+    expected_s = [tail.expected_s for tail in tails if tail.expected_s > 0]
+    if not expected_s and not any(tail.num_steps or tail.has_failed for tail in tails):
         return {}
     late_s = [max(tail.back_s - end_s, 0.0) for tail in tails if tail.num_steps]
     return {
         "spot/train_s": sum(tail.train_s for tail in tails),
         "spot/idle_rank_s_used_frac": sum(tail.train_s for tail in tails) / idle_s if idle_s > 0 else 0.0,
         "spot/ranks_trained": float(sum(tail.num_steps > 0 for tail in tails)),
+        "spot/ranks_too_late": float(sum(tail.was_too_short for tail in tails)),
+        **({"spot/expected_tail_s": max(expected_s)} if expected_s else {}),
         "spot/preemption_s_max": max(late_s, default=0.0),
     }
 

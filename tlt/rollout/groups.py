@@ -9,11 +9,13 @@ ADDED = (
     "rollout/duration_s",
     "rollout/tail_s",
     "rollout/preemptions",
+    "rollout/moved_responses",
     "reward/timeouts",
     "reward/errors",
     "reward/wait_s",
     "spot/steps",
     "spot/train_s",
+    "spot/ranks_too_late",
     "spot/published",
 )
 """Metrics that add up over the rounds of an iteration; the others are means weighted by each round's duration."""

@@ -1,6 +1,7 @@
-"""How many ranks have left the present rollout, on the job's own key-value store: no collective, no extra service.
+"""How many ranks have left the present rollout, and how long the others expect to decode, on the job's own key-value
+store: no collective, no extra service.
 
-A rank writes once when its replica is done and reads as often as it likes; no one ever waits for anyone here.
+A rank writes what it knows of itself and reads as often as it likes; no one ever waits for anyone here.
 """
 
 from typing import Protocol
@@ -14,25 +15,46 @@ class Store(Protocol):
 
 
 class TailBoard:
-    """One counter for each rollout of the run; rollouts have the same numbers on all ranks, since all begin all."""
+    """Counters of each rollout of the run; rollouts have the same numbers on all ranks, since all begin all."""
 
-    def __init__(self, store: Store, *, world_size: int):
+    def __init__(self, store: Store, *, rank: int, world_size: int):
         self.store = store
+        self.rank = rank
         self.world_size = world_size
         self.rollout = 0
+        self._told_ms = 0
 
     def begin(self) -> None:
         """The next rollout of the world begins; all ranks call."""
         self.rollout += 1
+        self._told_ms = 0
 
     def ended(self) -> None:
         """This rank's replica is done, or was told to stop."""
+        self._tell_ms(0)
         self.store.add(self._key, 1)
 
     def all_ended(self) -> bool:
         """Whether no rank decodes any more."""
         return self.store.add(self._key, 0) == self.world_size
 
+    def tell_remaining(self, seconds: float) -> None:
+        """This rank's replica expects to decode for so long from now on."""
+        self._tell_ms(max(round(seconds * 1e3), 1))
+
+    def remaining_s(self) -> float | None:
+        """Seconds until the last rank is expected to be done, as told lately; None where no one that decodes told."""
+        told_ms = max(self.store.add(self._remaining_key(rank), 0) for rank in range(self.world_size))
+        return told_ms / 1e3 if told_ms > 0 else None
+
+    def _tell_ms(self, ms: int) -> None:
+        if ms != self._told_ms:  # a counter that one rank writes holds whatever it last added up to
+            self.store.add(self._remaining_key(self.rank), ms - self._told_ms)
+            self._told_ms = ms
+
     @property
     def _key(self) -> str:
         return f"spot/ended/{self.rollout}"
+
+    def _remaining_key(self, rank: int) -> str:
+        return f"spot/remaining_ms/{self.rollout}/{rank}"

@@ -4,6 +4,7 @@ Between two meetings of all ranks, which every rollout has anyway, a rank trains
 replica's responses (local SGD: Stich, arXiv 1805.09767); at the meeting the weights are averaged, each counting its
 optimizer steps. So no collective runs while anyone decodes, membership needs no agreement, ranks may join at any time,
 and one that is drained, slow or broken holds no one up: it is back within one micro-step, or counts for nothing.
+Whether a tail is used at all, tlt/spot/opportunity.py decides.
 """
 
 import hashlib
@@ -17,11 +18,16 @@ from tlt.config import SpotConfig
 from tlt.parallel import Parallel
 from tlt.protocols import DrafterLearner, RolloutEngine
 from tlt.spot.board import TailBoard
+from tlt.spot.judgement import judgement, judgement_sums
+from tlt.spot.opportunity import GainRecord, SwitchCost
 from tlt.spot.rank_state import Event, Rank, RankState
 from tlt.trace import Trace
 from tlt.types import HiddenStateSample, TailReport
 
 logger = logging.getLogger(__name__)
+
+LOOK_S = 0.05
+"""Seconds between two looks at the board of an idle rank that finds the tail too short."""
 
 
 class NoSpotTraining:
@@ -70,42 +76,71 @@ class SpotTraining:
         self.rank = Rank()
         self.has_failed = False
         self.num_steps = 0
-        """Since the last meeting."""
+        self.train_s = 0.0
+        """Both since the last meeting that averaged."""
+        self.gains = GainRecord(min_gain_frac=config.min_gain)
+        self.switch = SwitchCost()
+        self.meeting_s = 0.0
+        """Seconds of the last meeting that averaged."""
+        self.begin_s = 0.0
 
     def begin(self) -> None:
         """A rollout of the world begins."""
+        self.begin_s = time.perf_counter()
         self.rank.on(Event.NEXT_ROLLOUT)
         self.board.begin()
 
     def use_tail(self) -> TailReport:
         """This rank's replica is done: train until the others' are. Returns within one micro-step of that, or at once
-        where there is nothing to train on; the rank then waits where ranks meet."""
-        begin_s = time.time()
+        where there is nothing to train on or training is not due; the rank then waits where ranks meet."""
         self.rank.on(Event.OWN_ROLLOUT_ENDED)
         self.board.ended()
-        num_before = self.num_steps
-        if not self.has_failed and not self._is_over():
-            self._train()
+        expected_s, num_before, train_s, was_too_short = self.board.remaining_s() or 0.0, self.num_steps, 0.0, False
+        if not self.has_failed and self.gains.is_due(self.engine.policy_version) and not self._is_over():
+            was_too_short = not self._opens()
+            begin_s = time.perf_counter()
+            if not was_too_short:
+                self._train(begin_s)
+            if self.num_steps > num_before:
+                train_s = time.perf_counter() - begin_s
+        self.train_s += train_s
         report = TailReport(
-            train_s=time.time() - begin_s if self.num_steps > num_before else 0.0,
-            num_steps=self.num_steps - num_before, has_failed=self.has_failed, back_s=time.time(),
+            train_s=train_s, num_steps=max(self.num_steps - num_before, 0), has_failed=self.has_failed,
+            back_s=time.time(), expected_s=expected_s, was_too_short=was_too_short,
         )  # fmt: skip
         self.rank.on(Event.LEFT_TAIL)
         return report
 
-    def _train(self) -> None:
+    def _opens(self) -> bool:
+        """Wait until the tail is expected to last for one optimizer step; False if it ends before."""
+        while not self._is_over():
+            if self.switch.fits(self.board.remaining_s()):
+                return True
+            time.sleep(LOOK_S)
+        return False
+
+    def _train(self, begin_s: float) -> None:
         samples = self._samples(self.engine.training_samples(seed=self.engine.policy_version), are_held_out=False)
         if not samples:
             return
         self.rank.on(Event.TRAINING_BEGAN)
+        num_before = self.num_steps
+
+        def count() -> None:
+            if self.num_steps == num_before:
+                self.switch.observe(time.perf_counter() - begin_s)
+            self.num_steps += 1
+
         with self.trace.span("spot_training", num_samples=len(samples)):
             try:
-                self.learner.train(samples, should_stop=self._is_over, on_step=self._count)
+                self.learner.train(samples, should_stop=self._is_over, on_step=count)
             except Exception:
                 # The one place where a failure is survived: speculation is never needed for a right result.
                 logger.exception("training of the drafter failed on rank %d; it goes on without", self.parallel.rank)
                 self.has_failed = True
                 self.num_steps = 0
+        if self.num_steps == num_before:
+            self.switch.observe_none(time.perf_counter() - begin_s)
         self.rank.on(Event.TRAINER_RAISED if self.has_failed else Event.TRAINING_ENDED)
 
     def _samples(self, samples: Sequence[HiddenStateSample], *, are_held_out: bool) -> list[HiddenStateSample]:
@@ -117,9 +152,6 @@ class SpotTraining:
             if sample.policy_version >= oldest and is_held_out(sample, every=every) == are_held_out
         ]  # fmt: skip
 
-    def _count(self) -> None:
-        self.num_steps += 1
-
     def _is_over(self) -> bool:
         return self.board.all_ended() or self.is_stopped()
 
@@ -127,27 +159,41 @@ class SpotTraining:
         """Make one head of all ranks' and let it draft if it is better than the one that does. Collective over all
         ranks; all must call, after they met."""
         assert self.rank.state is RankState.BACK, "the rank still trains"
-        own = torch.tensor([float(self.num_steps), float(self.has_failed)], dtype=torch.float64)
-        num_steps, num_failed = self.parallel.sum(own).tolist()
-        metrics = {"spot/steps": num_steps, "spot/failed_ranks": num_failed, "spot/published": 0.0}
+        rollout_s = time.perf_counter() - self.begin_s
+        own = [self.num_steps, self.has_failed, self.train_s, self.meeting_s, rollout_s]
+        total = self.parallel.sum(torch.tensor([float(value) for value in own], dtype=torch.float64))
+        num_steps, num_failed, train_s, meeting_s, rollout_s = total.tolist()  # the same on all ranks
+        metrics = {
+            "spot/steps": num_steps, "spot/failed_ranks": num_failed, "spot/published": 0.0,
+            "spot/due": float(self.gains.is_due(self.engine.policy_version)),
+        }  # fmt: skip
         if num_steps < self.config.min_steps:
             return metrics
+        begin_s = time.perf_counter()
         with self.trace.span("spot_publish"):
-            self.learner.average(self.parallel.sum, weight=self.num_steps / num_steps)
-            self.num_steps = 0
-            judges = self._samples(self.engine.hidden_state_samples(), are_held_out=True)
-            scores = self.parallel.sum(
-                self.learner.scores(judges, live=self.engine.drafter_tensors())
-            )  # [3] live, candidate, drafts
-            if scores[2] == 0:
-                return metrics
-            live, candidate = (scores[:2] / scores[2]).tolist()
-            metrics |= {"spot/live_score": live, "spot/candidate_score": candidate}
-            if candidate > live:
-                # A replica that withdrew a head on its own is ahead of the others.
-                versions = self.parallel.all_gather_objects(self.engine.drafter_version)
-                self.engine.load_drafter(self.learner.published(), drafter_version=max(versions) + 1)
-                metrics["spot/published"] = 1.0
+            metrics |= self._meet(num_steps, train_s, cost_frac=meeting_s / rollout_s)
+        self.meeting_s = time.perf_counter() - begin_s
+        self.num_steps, self.train_s = 0, 0.0
+        return metrics
+
+    def _meet(self, num_steps: float, train_s: float, *, cost_frac: float) -> dict[str, float]:
+        """Average, judge and load; the sums are those of all ranks."""
+        self.learner.average(self.parallel.sum, weight=self.num_steps / num_steps)
+        judges = self._samples(self.engine.hidden_state_samples(), are_held_out=True)
+        scores = self.learner.scores(judges, live=self.engine.drafter_tensors())
+        judged = judgement(self.parallel.sum(judgement_sums(scores)))
+        if judged is None:
+            return {}
+        version = self.engine.policy_version
+        metrics = self.gains.count(judged, policy_version=version, cost_frac=cost_frac)
+        if train_s > 0:
+            metrics["spot/gain_per_idle_s"] = judged.gain / train_s
+        if judged.gain > 0:
+            # A replica that withdrew a head on its own is ahead of the others.
+            versions = self.parallel.all_gather_objects(self.engine.drafter_version)
+            self.engine.load_drafter(self.learner.published(), drafter_version=max(versions) + 1)
+            self.gains.published(judged, policy_version=version)
+            metrics["spot/published"] = 1.0
         return metrics
 
     def state_dict(self) -> dict:

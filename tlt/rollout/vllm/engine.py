@@ -15,12 +15,15 @@ import torch.distributed as dist
 from tlt.config import RolloutConfig
 from tlt.drafter.history import SuffixHistory
 from tlt.protocols import OnFinished, RolloutInterrupted
+from tlt.rollout.consolidation import Consolidation, NoConsolidation
+from tlt.rollout.outlook import NoOutlook, Outlook
 from tlt.rollout.placement import longest_first, place_groups
-from tlt.rollout.vllm import readback, sampling, shared_memory
-from tlt.rollout.vllm.drafting import NAME, SEED, speculative_config
+from tlt.rollout.vllm import readback, shared_memory
+from tlt.rollout.vllm.drafting import speculative_config
+from tlt.rollout.vllm.requests import Requests
+from tlt.rollout.vllm.sampling import PositionSampler
 from tlt.rollout.vllm.speculation import SpecPlan, make_speculation
 from tlt.spec.lossless import refuse_lossy
-from tlt.spec.randomness import request_seed
 from tlt.types import EngineStats, HiddenStateSample, Prompt, Rollout, RolloutGroup, SamplingConfig, rollout_name
 
 logger = logging.getLogger(__name__)
@@ -74,15 +77,15 @@ class VLLMRolloutEngine:
     def __init__(
         self, config: RolloutConfig, *, hf_model: str, dtype: str, seed: int, stop_token_ids: Sequence[int],
         decode: Callable[[Sequence[int]], str], should_stop: Callable[[], bool], spec: SpecPlan,
-        history: SuffixHistory,
+        history: SuffixHistory, outlook: Outlook | NoOutlook, consolidation: Consolidation | NoConsolidation,
     ):  # fmt: skip
         set_engine_environment(config)
         from vllm import LLM
 
         self.config = config
         self.history = history
-        self.stop_token_ids = list(stop_token_ids)
-        self.decode = decode
+        self.outlook = outlook
+        self.consolidation = consolidation
         self.should_stop = should_stop
         self.tp_size = config.tensor_parallel_size
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -125,7 +128,11 @@ class VLLMRolloutEngine:
         self.speculation = make_speculation(
             spec, self.runner, self.scheduler, agree=self._agree, hf_model=hf_model, history=history
         )  # fmt: skip
-        self.sampler = sampling.PositionSampler(self.runner, self.speculation.ledger)
+        self.sampler = PositionSampler(self.runner, self.speculation.ledger)
+        self.requests = Requests(
+            self.engine, self.scheduler, self.speculation.ledger, stop_token_ids=stop_token_ids, decode=decode,
+            replica=self.replica,
+        )  # fmt: skip
         self.policy_version = -1
         self.is_asleep = False
         self._stats = EngineStats()
@@ -147,7 +154,8 @@ class VLLMRolloutEngine:
         seed: int,
         on_finished: OnFinished,
     ) -> list[RolloutGroup]:
-        """Groups of the prompts placed on this replica, in the order of `prompts`.
+        """Groups of the prompts placed on this replica, in the order of `prompts`; where responses move between
+        replicas, of all those that ended on this one, a group of each of their prompts.
 
         A response is a function of the weights, its prompt and its seed, up to rounding that depends on the batch.
         Raises RolloutInterrupted on all ranks of the replica when told to stop. Collective over the replica's ranks.
@@ -156,26 +164,21 @@ class VLLMRolloutEngine:
             raise RuntimeError("generate was called while the engine sleeps; call wake and load_weights before")
         lengths = [self.history.expected_length(prompt.problem_key) for prompt in prompts]
         replicas = place_groups(lengths, self.num_replicas)
-        own = [prompt for prompt, replica in zip(prompts, replicas, strict=True) if replica == self.replica]
-        order = longest_first([n for n, replica in zip(lengths, replicas, strict=True) if replica == self.replica])
         begin_s = time.perf_counter()
         self._stats = EngineStats()
-        self.speculation.begin(own)
-        waiting = {}
-        for prompt in (own[index] for index in order):
-            for sample in range(group_size):
-                request_id = rollout_name(prompt.prompt_id, sample)
-                if request_id in waiting:
-                    raise RuntimeError(f"two prompts of one rollout have the id {prompt.prompt_id}")
-                waiting[request_id] = (prompt, sample)
-                own_seed = request_seed(seed, prompt.prompt_id, sample)
-                params = self._sampling_params(sampling, seed=own_seed, name=request_id)
-                self.engine.add_request(request_id, {"prompt_token_ids": list(prompt.token_ids)}, params)
+        self.speculation.begin(prompts)
+        self.outlook.begin(prompts, max_response_tokens=sampling.max_response_tokens)
+        self.consolidation.begin()
+        self.requests.begin(prompts, sampling, group_size=group_size, seed=seed, policy_version=self.policy_version)
+        for index in longest_first(lengths):
+            if replicas[index] == self.replica:
+                for sample in range(group_size):
+                    self.requests.add(rollout_name(prompts[index].prompt_id, sample))
 
         finished: dict[str, Rollout] = {}
-        for output in self._run(list(waiting)):
-            prompt, sample = waiting[output.request_id]
-            rollout = self._rollout(output)
+        for output in self._run():
+            prompt, sample = self.requests.named[output.request_id]
+            rollout = self.requests.finished(output, drafter_version=self.speculation.drafter_version)
             self.speculation.finished(
                 output.request_id, [*prompt.token_ids, *rollout.token_ids],
                 num_prompt_tokens=len(prompt.token_ids), policy_version=self.policy_version,
@@ -187,24 +190,29 @@ class VLLMRolloutEngine:
         self._stats.num_response_tokens = sum(len(rollout.token_ids) for rollout in finished.values())
         self._stats.rollout_s = time.perf_counter() - begin_s
         self.speculation.report(self._stats)
-        return [
-            RolloutGroup(
-                prompt=prompt,
-                rollouts=tuple(finished[rollout_name(prompt.prompt_id, sample)] for sample in range(group_size)),
-            )
-            for prompt in own
-        ]
+        self._stats.num_adopted = self.consolidation.num_adopted
+        return self.requests.groups(finished)
 
-    def _run(self, request_ids: list[str]) -> Iterator:
+    def _run(self) -> Iterator:
+        """Finished outputs as they come, until this replica has nothing left and gets nothing of others."""
+        try:
+            yield from self._steps()
+            while self.consolidation.adopts(self.requests, should_stop=self.should_stop, agree=self._agree):
+                yield from self._steps()
+        finally:
+            self.consolidation.end()
+
+    def _steps(self) -> Iterator:
         """Engine steps until no request is left; finished outputs as they come."""
         preempted: set[str] = set()
         while self.engine.has_unfinished_requests():
             if self._agree_to_stop():
-                self.engine.abort_request(request_ids)
+                self.requests.abort()
                 self.engine.step()  # lets the scheduler free them
                 raise RolloutInterrupted
             num_running = min(self.scheduler.get_num_unfinished_requests(), self.config.max_num_seqs)
             self.speculation.before_step(num_running)
+            self.consolidation.before_step(self.requests)
             self._stats.step_begin_s.append(time.time())
             begin_s = time.perf_counter()
             outputs = self.engine.step()
@@ -218,7 +226,11 @@ class VLLMRolloutEngine:
             waiting = {request.request_id for request in self.scheduler.waiting if request.status.name == "PREEMPTED"}
             self._stats.num_preemptions += len(waiting - preempted)
             preempted = waiting
+            self.outlook.after_step(self.requests.lengths, time.perf_counter())
             yield from (output for output in outputs if output.finished)
+            self.consolidation.after_step(
+                self.requests, num_running=num_running, seconds=self._stats.step_s[-1], agree=self._agree
+            )
 
     def _agree(self, value: Any) -> Any:
         """The first rank's value (a strategy, or drafts), on all ranks of the replica."""
@@ -237,44 +249,6 @@ class VLLMRolloutEngine:
         flag = torch.tensor(int(self.should_stop()))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.replica_group)
         return bool(flag)
-
-    def _sampling_params(self, config: SamplingConfig, *, seed: int, name: str):
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            temperature=config.temperature,
-            top_p=config.top_p if config.temperature > 0 else 1.0,
-            top_k=config.top_k if config.temperature > 0 else 0,
-            max_tokens=config.max_response_tokens,
-            ignore_eos=config.ignore_eos,
-            stop_token_ids=None if config.ignore_eos else self.stop_token_ids,
-            logprobs=sampling.NUM_COLUMNS,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={SEED: seed, NAME: name},
-        )
-
-    def _rollout(self, output) -> Rollout:
-        completion = output.outputs[0]
-        token_ids = tuple(completion.token_ids)
-        rows = completion.logprobs
-        text_ids = token_ids[:-1] if completion.finish_reason == "stop" else token_ids
-        drafts = self.speculation.ledger.requests[output.request_id]
-        return Rollout(
-            token_ids=token_ids,
-            logprobs=tuple(row[token].logprob for row, token in zip(rows, token_ids, strict=True)),
-            entropies=tuple(row[sampling.ENTROPY].logprob for row in rows),
-            max_probs=tuple(row[sampling.MAX_PROB].logprob for row in rows),
-            replica=self.replica,
-            text=self.decode(text_ids),
-            finish_reason=completion.finish_reason,
-            policy_version=self.policy_version,
-            drafter_version=self.speculation.drafter_version,
-            num_drafts=drafts.num_drafts,
-            num_draft_tokens=drafts.num_draft_tokens,
-            num_accepted_tokens=drafts.num_accepted_tokens,
-        )
 
     def load_drafter(self, tensors: Mapping[str, torch.Tensor], *, drafter_version: int) -> None:
         """Swap the learned drafter's weights in place, between two engine steps; text is not affected.

@@ -1,0 +1,52 @@
+"""How much better trained weights draft than those that do, on the same held-out responses of all ranks."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Scores are expected accepted tokens of a draft."""
+
+    live: float
+    """Of the weights that draft."""
+    candidate: float
+    """Of those that were trained."""
+    error: float
+    """Standard error of the difference between responses; infinite where fewer than two judged."""
+
+    @property
+    def gain(self) -> float:
+        """Accepted tokens that each draft would have more."""
+        return self.candidate - self.live
+
+    def frac(self, value: float) -> float:
+        """A difference of scores as a share of the tokens that one verification gives now."""
+        return value / (1 + self.live)
+
+
+def judgement_sums(scores: torch.Tensor) -> torch.Tensor:
+    """[7] of one rank's [R, 3] scores (of live weights, of trained ones, drafts); those of all ranks add up."""
+    live, candidate, drafts = scores.double().unbind(1)
+    gain = candidate - live
+    return torch.stack([
+        live.sum(), candidate.sum(), drafts.sum(), (gain * gain).sum(), (gain * drafts).sum(),
+        (drafts * drafts).sum(), torch.tensor(float(len(scores)), dtype=torch.float64),
+    ])  # fmt: skip
+
+
+def judgement(sums: torch.Tensor) -> Judgement | None:
+    """Of the sums of all ranks; None where no response judged.
+
+    The gain of a draft is a ratio of sums over responses, whose drafts are not independent: its variance is that of
+    the ratio estimator (Cochran, Sampling Techniques, 1977, section 6.4).
+    """
+    live, candidate, drafts, gain_2, gain_drafts, drafts_2, responses = sums.tolist()
+    if drafts == 0:
+        return None
+    ratio = (candidate - live) / drafts
+    residual = max(gain_2 - 2 * ratio * gain_drafts + ratio**2 * drafts_2, 0.0)
+    error = math.sqrt(residual * responses / (responses - 1)) / drafts if responses > 1 else math.inf
+    return Judgement(live=live / drafts, candidate=candidate / drafts, error=error)

@@ -1,0 +1,116 @@
+"""When training on an idle rank is worth it: what it gained lately, and whether the tail is long enough.
+
+No clock, no store and no random number is read here: decisions are functions of what they are given.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from tlt.spot.judgement import Judgement
+
+SESSIONS = 3
+"""Trainings that are judged before one is skipped, and over which gains are averaged."""
+MIN_INTERVAL, MAX_INTERVAL = 2, 8
+"""Policy versions between two trainings while none pays, at least and at most: the policy moves."""
+SWITCHES = 5
+"""Last switches that the median is taken of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One training that was judged where all ranks met. Shares are of the tokens that one verification gives."""
+
+    policy_version: int
+    gain_frac: float
+    error_frac: float
+    cost_frac: float
+    """Seconds that ranks last spent on averaging, judging and loading, as a share of a rollout."""
+
+
+class GainRecord:
+    """What the last trainings gained, and what drafts lost while the policy moved on.
+
+    Equal on all ranks that count the same; `min_gain_frac` is what a gain must exceed at least.
+    """
+
+    def __init__(self, *, min_gain_frac: float):
+        self.min_gain_frac = min_gain_frac
+        self.sessions: deque[Session] = deque(maxlen=SESSIONS)
+        self.losses_frac: deque[float] = deque(maxlen=SESSIONS)
+        """For each policy version that passed since the weights that draft were published."""
+        self._published: tuple[int, float] | None = None
+
+    def count(self, judged: Judgement, *, policy_version: int, cost_frac: float) -> dict[str, float]:
+        """A training was judged; metrics."""
+        metrics = {
+            "spot/gain": judged.gain, "spot/live_score": judged.live, "spot/candidate_score": judged.candidate,
+        }  # fmt: skip
+        if math.isfinite(judged.error):  # else nothing tells a gain from chance
+            metrics["spot/gain_error"] = judged.error
+            self.sessions.append(
+                Session(
+                    policy_version=policy_version, gain_frac=judged.frac(judged.gain),
+                    error_frac=judged.frac(judged.error), cost_frac=cost_frac,
+                )
+            )  # fmt: skip
+        if self._published is not None and policy_version > self._published[0]:
+            version, score = self._published
+            metrics["spot/staleness"] = score - judged.live
+            self.losses_frac.append(judged.frac(score - judged.live) / (policy_version - version))
+        return metrics
+
+    def published(self, judged: Judgement, *, policy_version: int) -> None:
+        """The trained weights draft from now on."""
+        self._published = (policy_version, judged.candidate)
+
+    @property
+    def needed_frac(self) -> float:
+        """Gain that pays for a training: rollouts that are shorter by this share make good what the ranks' meeting
+        takes longer."""
+        return max([self.min_gain_frac, *(session.cost_frac for session in self.sessions)])
+
+    @property
+    def is_measurable(self) -> bool:
+        """Whether the last trainings together gained what pays, and more than their standard error."""
+        error_frac = math.sqrt(sum(session.error_frac**2 for session in self.sessions)) / len(self.sessions)
+        return fmean(session.gain_frac for session in self.sessions) > max(error_frac, self.needed_frac)
+
+    @property
+    def interval(self) -> int:
+        """Policy versions after which a head that is good enough is expected to have lost what is worth training."""
+        loss_frac = fmean(self.losses_frac) if self.losses_frac else 0.0
+        if loss_frac * MAX_INTERVAL <= self.needed_frac:
+            return MAX_INTERVAL
+        return max(math.ceil(self.needed_frac / loss_frac), MIN_INTERVAL)
+
+    def is_due(self, policy_version: int) -> bool:
+        """Whether idle ranks should train on responses of this policy."""
+        if len(self.sessions) < SESSIONS or self.is_measurable:
+            return True
+        return policy_version - self.sessions[-1].policy_version >= self.interval
+
+
+class SwitchCost:
+    """Seconds of one rank between its last response and its first optimizer step: a shorter tail gives nothing."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=SWITCHES)
+
+    @property
+    def seconds(self) -> float:
+        """Median of the last; 0 before the first."""
+        return median(self._seconds) if self._seconds else 0.0
+
+    def observe(self, seconds: float) -> None:
+        """A first optimizer step was reached."""
+        self._seconds.append(seconds)
+
+    def observe_none(self, seconds: float) -> None:
+        """The tail ended after so many seconds, before the first optimizer step."""
+        self._seconds.append(max(seconds, self.seconds))
+
+    def fits(self, remaining_s: float | None) -> bool:
+        """Whether a tail that is expected to last so long gives one optimizer step; None is not known."""
+        return remaining_s is None or remaining_s >= self.seconds
