@@ -61,5 +61,5 @@ def make_stock_engine(strategy: str, config: dict, make):
     finally:
         ours.speculative_config = original
     engine.speculation = StockSpeculation()
-    engine.sampler.ledger = engine.speculation.ledger
+    engine.sampler.ledger = engine.requests.ledger = engine.speculation.ledger
     return engine
