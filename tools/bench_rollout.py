@@ -62,6 +62,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: bfloat16")
     parser.add_argument("--seed", type=int, default=1, help="default: 1")
     parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write every counted rollout's engine steps, of "
+                        "all strategies but plain, for tools/replay_policies.py")  # fmt: skip
     args = parser.parse_args(argv)
     if args.quick:
         args.repetitions, args.max_tokens = 1, min(args.max_tokens, 96)
@@ -84,6 +86,9 @@ def serve(rank: int, args: argparse.Namespace, kind: str, store: str, inbox, out
     from tlt.types import SamplingConfig
 
     policies: dict = {}  # what one learned in a repetition it knows in the next
+    steps: list = []
+    if args.record and kind != PLAIN:
+        engine.speculation.on_step = steps.append
     outbox.put((rank, "ready", None))
     while (task := inbox.get()) is not None:
         strategy, workload, seed = task
@@ -92,11 +97,12 @@ def serve(rank: int, args: argparse.Namespace, kind: str, store: str, inbox, out
                 policies[strategy], _ = parse_policy(strategy, "--strategies", seed=args.seed)
             engine.speculation.policy = policies[strategy]
         sampling = SamplingConfig(temperature=workload.temperature, max_response_tokens=workload.max_tokens)
+        steps.clear()
         begin_s = time.perf_counter()
         groups = engine.generate(
             workload.prompts, sampling, group_size=workload.group_size, seed=seed, on_finished=lambda *_: None
         )
-        outbox.put((rank, time.perf_counter() - begin_s, summary(groups, engine.stats())))
+        outbox.put((rank, time.perf_counter() - begin_s, summary(groups, engine.stats()) | {"steps": tuple(steps)}))
     engine.close()
 
 
@@ -221,10 +227,11 @@ def read_workloads(args: argparse.Namespace) -> list[Workload]:
     return workloads
 
 
-def measure(args: argparse.Namespace, workload: Workload, strategies: list[str], engines: dict) -> list[dict]:
-    """Rows of one workload, a strategy each."""
+def measure(args: argparse.Namespace, workload: Workload, strategies: list[str], engines: dict) -> tuple[list, list]:
+    """(rows of one workload, a strategy each; rollouts where they are recorded)."""
     times: dict[str, list[float]] = {strategy: [] for strategy in strategies}
     found: dict[str, list[dict]] = {}
+    recorded = []
     for repetition in range(args.repetitions + 1):
         order = strategies[repetition % len(strategies) :] + strategies[: repetition % len(strategies)]
         texts = {}
@@ -235,11 +242,21 @@ def measure(args: argparse.Namespace, workload: Workload, strategies: list[str],
             print(f"{workload.name} repetition {repetition} {strategy}: {seconds:.2f} s", file=sys.stderr, flush=True)
             if repetition > 0:
                 times[strategy].append(seconds)
+                recorded += [record(strategy, one) for one in found[strategy] if one["steps"]]
         if args.drafts in ("coupled", "one-hot"):
             differing = {s: sum(texts[s][n] != texts[order[0]][n] for n in texts[s]) for s in order}
             if any(differing.values()):
                 print(f"responses that differ from {order[0]}'s: {differing}", file=sys.stderr)
-    return [row(args, workload, strategy, times, found[strategy]) for strategy in strategies]
+    return [row(args, workload, strategy, times, found[strategy]) for strategy in strategies], recorded
+
+
+def record(strategy: str, found: dict):
+    """RecordedRollout of one rank's summary."""
+    from tlt.spec.recording import RecordedRollout
+
+    return RecordedRollout(
+        policy=strategy, steps=found["steps"], response_tokens=tuple(map(len, found["tokens"].values()))
+    )
 
 
 def row(args: argparse.Namespace, workload: Workload, strategy: str, times: dict, found: list[dict]) -> dict:
@@ -294,10 +311,15 @@ def main() -> int:
 
     kinds = {PLAIN if strategy == PLAIN else "speculative" for strategy in strategies}
     engines = {kind: Ranks(args, kind) for kind in sorted(kinds)}
-    rows = [one for workload in workloads for one in measure(args, workload, strategies, engines)]
+    measured = [measure(args, workload, strategies, engines) for workload in workloads]
+    rows = [one for rows, _ in measured for one in rows]
     for ranks in engines.values():
         ranks.close()
     print(table(rows))
+    if args.record:
+        from tlt.spec.recording import write_recording
+
+        write_recording(args.record, (rollout for _, recorded in measured for rollout in recorded))
     if args.json:
         about = {
             "commit": git_commit(), "command": sys.argv, "machine": platform.machine(), "cpus": os.cpu_count(),

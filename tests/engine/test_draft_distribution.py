@@ -117,7 +117,7 @@ def _distributions(rank: int, world_size: int, folder: Path, head: Path, num: in
         "adaptive": (FixedStrategy(parse_strategy("adaptive:3", "test")), own, {"eagle", "suffix"}),
     }  # fmt: skip
     # Drafts are free, so that the router always drafts; what it chooses must not matter.
-    speculation.costs.prices = lambda *_: Prices(step_s=1.0, token_s=0.0, pass_s={}, row_s={})
+    speculation.controller.costs.prices = lambda *_: Prices(step_s=1.0, token_s=0.0, pass_s={}, row_s={})
     for name, sampling in SAMPLINGS.items():
         for seed in seeds:
             speculation.policy = FixedStrategy(OFF)

@@ -32,21 +32,37 @@ def bin_of(size: int) -> int:
 class Curve:
     """Seconds by size: medians of bins, made to rise, linear between them."""
 
+    window: int | None = WINDOW
+    """Times that a bin keeps; None for all."""
     _bins: dict[int, deque[tuple[int, float]]] = field(default_factory=dict)
-    _points: list[tuple[float, float]] | None = None
-    """Made when they are asked for: every engine step is observed, and most strategies ask for no price."""
+    _medians: dict[int, tuple[float, float]] = field(default_factory=dict)
+    _changed: set[int] = field(default_factory=set)
+    """Bins whose medians are made when they are asked for: most strategies ask for no price."""
+    _points: list[tuple[float, float]] = field(default_factory=list)
 
     def observe(self, size: int, seconds: float) -> None:
-        self._bins.setdefault(bin_of(size), deque(maxlen=WINDOW)).append((size, seconds))
-        self._points = None
+        found = bin_of(size)
+        self._bins.setdefault(found, deque(maxlen=self.window)).append((size, seconds))
+        self._changed.add(found)
+
+    def state_dict(self) -> dict:
+        """JSON types."""
+        return {"times": [list(time) for times in self._bins.values() for time in times]}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Observe what another curve kept."""
+        for size, seconds in state["times"]:
+            self.observe(size, seconds)
 
     def _rising_points(self) -> list[tuple[float, float]]:
         """(mean size, seconds) of each bin, by size."""
-        if self._points is None:
-            medians = sorted(
-                (sum(size for size, _ in times) / len(times), median(seconds for _, seconds in times))
-                for times in self._bins.values()
-            )
+        if self._changed:
+            for changed in self._changed:
+                times = self._bins[changed]
+                sizes = sum(size for size, _ in times)
+                self._medians[changed] = (sizes / len(times), median(seconds for _, seconds in times))
+            self._changed.clear()
+            medians = sorted(self._medians.values())
             highest = accumulate((y for _, y in medians), max)
             self._points = [(x, y) for (x, _), y in zip(medians, highest, strict=True)]
         return self._points
@@ -84,6 +100,10 @@ class Prices:
     """One more row in such a pass."""
 
 
+NO_PRICES = Prices(step_s=0.0, token_s=0.0, pass_s={}, row_s={})
+"""Where no one asks."""
+
+
 @dataclass
 class CostModel:
     """Learns the prices of one engine."""
@@ -98,6 +118,19 @@ class CostModel:
     def observe_pass(self, drafter: str, num_rows: int, seconds: float) -> None:
         """One forward of a learned drafter."""
         self.passes.setdefault(drafter, Curve()).observe(num_rows, seconds)
+
+    def state_dict(self) -> dict:
+        """JSON types."""
+        return {
+            "steps": self.steps.state_dict(),
+            "passes": {name: curve.state_dict() for name, curve in self.passes.items()},
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on with what `state_dict` gave."""
+        self.steps.load_state_dict(state["steps"])
+        for name, times in state["passes"].items():
+            self.passes.setdefault(name, Curve()).load_state_dict(times)
 
     def prices(self, num_running: int, num_draft_tokens: int) -> Prices:
         """For so many requests, where about `num_draft_tokens` will be drafted in all."""

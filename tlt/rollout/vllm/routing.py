@@ -9,11 +9,9 @@ from tlt.drafter.router import Candidate, DraftRouter, trusted
 from tlt.rollout.vllm.learned_drafter import AsAsked, DraftLimit, DraftRequest, LearnedDrafter
 from tlt.rollout.vllm.ledger import Proposal
 from tlt.rollout.vllm.suffix_drafter import SuffixDrafter
-from tlt.spec.cost_model import Prices
+from tlt.spec.cost_model import NO_PRICES
 from tlt.spec.strategy import ADAPTIVE
 from tlt.types import SpecStrategy, prompt_id_of
-
-NO_PRICES = Prices(step_s=0.0, token_s=0.0, pass_s={}, row_s={})
 
 
 class Router(Protocol):
