@@ -35,7 +35,7 @@ from tlt.metrics import MetricsLog
 from tlt.policy.model import uses_transformer_engine
 from tlt.policy.trainer import MegatronPolicyTrainer
 from tlt.progress import Progress
-from tlt.protocols import TailWork
+from tlt.protocols import SpeculationMemory, TailWork
 from tlt.provenance import write_run_record
 from tlt.rewards.pool import RewardPool
 from tlt.rl.losses import Objective, PolicyObjective
@@ -48,7 +48,15 @@ from tlt.rollout.outlook import NoOutlook, Outlook
 from tlt.rollout.vllm.engine import VLLMRolloutEngine, parse_engine_args
 from tlt.rollout.vllm.learned_drafter import shapes
 from tlt.rollout.vllm.speculation import LEARNED, read_spec_plan
-from tlt.run_state import Checkpoints, RunState, latest_checkpoint, read_history, read_state, read_tail_state
+from tlt.run_state import (
+    Checkpoints,
+    RunState,
+    latest_checkpoint,
+    read_history,
+    read_speculation,
+    read_state,
+    read_tail_state,
+)
 from tlt.spot.board import TailBoard
 from tlt.spot.training import NoSpotTraining, SpotTraining
 from tlt.trace import Trace
@@ -184,6 +192,8 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
 
     tail = build_tail_work(config, engine, parallel, board, interrupt=interrupt, trace=trace)
     tail.load_state_dict(inputs.tail_state)
+    if inputs.checkpoint is not None:  # after the head, whose loading casts doubt on what was learned of another one
+        engine.speculation.load_state_dict(read_speculation(inputs.checkpoint))
     rollouts = RolloutCollector(
         engine, rewards, parallel, history=history, tail=tail, interrupt=interrupt, trace=trace
     )
@@ -211,7 +221,9 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             interval=config.eval.interval,
             train_iters=training.train_iters,
         ),  # fmt: skip
-        checkpoints=build_checkpoints(training, trainer, parallel, history=history, tail=tail, trace=trace),
+        checkpoints=build_checkpoints(
+            training, trainer, parallel, history=history, tail=tail, speculation=engine.speculation, trace=trace
+        ),
         metrics=build_metrics_log(training, inputs.state, parallel),
         trace=trace,
         interrupt=interrupt,
@@ -243,7 +255,7 @@ def build_metrics_log(training: TrainingConfig, state: RunState, parallel: proce
 
 def build_checkpoints(
     training: TrainingConfig, trainer: MegatronPolicyTrainer, parallel: process_groups.Parallel, *,
-    history: SuffixHistory, tail: TailWork, trace: Trace,
+    history: SuffixHistory, tail: TailWork, speculation: SpeculationMemory, trace: Trace,
 ) -> Checkpoints:  # fmt: skip
     """Of the run in --save."""
     return Checkpoints(
@@ -252,6 +264,7 @@ def build_checkpoints(
         parallel=parallel,
         history=history,
         tail=tail,
+        speculation=speculation,
         trace=trace,
         interval=training.save_interval,
         retain=training.save_retain,

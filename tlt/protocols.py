@@ -117,6 +117,16 @@ class TailWork(Protocol):
         """Go on with what `state_dict` gave; {} leaves all as it is. All ranks must call with the same state."""
 
 
+class SpeculationMemory(Protocol):
+    """What an engine's speculation has measured and learned; speed alone depends on it."""
+
+    def state_dict(self) -> dict:
+        """What a resumed run goes on with, JSON types; {} for nothing. One rank's is enough."""
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on with what `state_dict` gave; {} leaves all as it is. All ranks must call with the same state."""
+
+
 class DrafterLearner(Protocol):
     """A drafter's trainer, as the rank that idles uses it."""
 

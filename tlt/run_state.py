@@ -22,7 +22,7 @@ from tlt.disk import flush_to_disk
 from tlt.drafter.checkpoint import load_checkpoint
 from tlt.drafter.history import SuffixHistory
 from tlt.parallel import Parallel
-from tlt.protocols import PolicyTrainer, TailWork
+from tlt.protocols import PolicyTrainer, SpeculationMemory, TailWork
 from tlt.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "run_state.json"
 HISTORY = "history.npz"
 TAIL = "tail_work.pt"
+SPECULATION = "speculation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,19 @@ def read_tail_state(checkpoint: Path) -> dict:
     return load_checkpoint(path) if path.is_file() else {}
 
 
+def write_speculation(checkpoint: Path, speculation: SpeculationMemory) -> None:
+    """Save what speculation has learned into a checkpoint, where that is anything."""
+    state = speculation.state_dict()
+    if state:
+        (checkpoint / SPECULATION).write_text(json.dumps(state) + "\n")
+
+
+def read_speculation(checkpoint: Path) -> dict:
+    """What `write_speculation` saved; {} where nothing was: older checkpoints, or no speculation."""
+    path = checkpoint / SPECULATION
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def claim(folder: Path) -> TextIO:
     """Hold the run's folder for as long as the returned file is open; RuntimeError if another process holds it.
 
@@ -124,13 +138,14 @@ class Checkpoints:
 
     def __init__(
         self, folder: Path, *, trainer: PolicyTrainer, parallel: Parallel, history: SuffixHistory, tail: TailWork,
-        trace: Trace, interval: int, retain: int, train_iters: int,
+        speculation: SpeculationMemory, trace: Trace, interval: int, retain: int, train_iters: int,
     ):  # fmt: skip
         self.folder = folder
         self.trainer = trainer
         self.parallel = parallel
         self.history = history
         self.tail = tail
+        self.speculation = speculation
         self.trace = trace
         self.interval = interval
         self.retain = retain
@@ -168,6 +183,7 @@ class Checkpoints:
         (partial / STATE).write_text(json.dumps(record, indent=1))
         write_history(partial, self.history)
         write_tail_state(partial, self.tail)
+        write_speculation(partial, self.speculation)
         for path in partial.iterdir():
             flush_to_disk(path)
         shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from an earlier checkpoint

@@ -69,6 +69,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: bfloat16")
     parser.add_argument("--seed", type=int, default=1, help="default: 1")
     parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write every counted rollout's engine steps, of "
+                        "all strategies but plain, for tools/replay_policies.py")  # fmt: skip
     args = parser.parse_args(argv)
     if args.quick:
         args.repetitions, args.max_tokens = 1, min(args.max_tokens, 96)
@@ -92,6 +94,9 @@ def serve(rank: int, args: argparse.Namespace, kind: str, store: str, inbox, out
 
     policies: dict = {}  # what one learned in a repetition it knows in the next
     replay = Replay(engine)
+    steps: list = []
+    if args.record and kind == SPECULATIVE:
+        engine.speculation.on_step = steps.append
     outbox.put((rank, "ready", None))
     while (task := inbox.get()) is not None:
         strategy, workload, seed, replay.texts = task
@@ -100,12 +105,13 @@ def serve(rank: int, args: argparse.Namespace, kind: str, store: str, inbox, out
                 policies[strategy], _ = parse_policy(strategy, "--strategies", seed=args.seed)
             engine.speculation.policy = policies[strategy]
         sampling = SamplingConfig(temperature=workload.temperature, max_response_tokens=workload.max_tokens)
+        steps.clear()
         begin_s = time.perf_counter()
         groups = engine.generate(
             workload.prompts, sampling, group_size=workload.group_size, seed=seed, on_finished=lambda *_: None
         )
         seconds = time.perf_counter() - begin_s
-        outbox.put((rank, seconds, summary(groups, engine.stats()) | replay.take_counts()))
+        outbox.put((rank, seconds, summary(groups, engine.stats()) | replay.take_counts() | {"steps": tuple(steps)}))
     engine.close()
 
 
@@ -291,10 +297,14 @@ def read_workloads(args: argparse.Namespace) -> list[list[Workload]]:
     return workloads
 
 
-def measure(args: argparse.Namespace, workloads: list[Workload], strategies: list[str], engines: dict) -> list[dict]:
-    """Rows of one workload's repetitions, a strategy each; the first repetition is not counted."""
+def measure(
+    args: argparse.Namespace, workloads: list[Workload], strategies: list[str], engines: dict
+) -> tuple[list, list]:
+    """(rows of one workload's repetitions, a strategy each; rollouts where they are recorded). The first repetition is
+    not counted."""
     times: dict[str, list[float]] = {strategy: [] for strategy in strategies}
     found: dict[str, list[dict]] = {strategy: [] for strategy in strategies}
+    recorded = []
     for repetition, workload in enumerate(workloads):
         order = strategies[repetition % len(strategies) :] + strategies[: repetition % len(strategies)]
         texts: dict[str, tuple[int, ...]] = {}
@@ -307,7 +317,17 @@ def measure(args: argparse.Namespace, workloads: list[Workload], strategies: lis
             if repetition > 0:
                 times[strategy].append(seconds)
                 found[strategy] += answers
-    return [row(args, workloads[0], strategy, times, found[strategy]) for strategy in strategies]
+                recorded += [record(strategy, one) for one in answers if one["steps"]]
+    return [row(args, workloads[0], strategy, times, found[strategy]) for strategy in strategies], recorded
+
+
+def record(strategy: str, found: dict):
+    """RecordedRollout of one rank's summary."""
+    from tlt.spec.recording import RecordedRollout
+
+    return RecordedRollout(
+        policy=strategy, steps=found["steps"], response_tokens=tuple(map(len, found["tokens"].values()))
+    )
 
 
 def row(args: argparse.Namespace, workload: Workload, strategy: str, times: dict, found: list[dict]) -> dict:
@@ -379,10 +399,15 @@ def main() -> int:
     from tlt.provenance import git_commit
 
     engines = {kind: Ranks(args, kind) for kind in sorted({kind_of(strategy) for strategy in strategies})}
-    rows = [one for workload in workloads for one in measure(args, workload, strategies, engines)]
+    measured = [measure(args, workload, strategies, engines) for workload in workloads]
+    rows = [one for rows, _ in measured for one in rows]
     for ranks in engines.values():
         ranks.close()
     print(table(rows))
+    if args.record:
+        from tlt.spec.recording import write_recording
+
+        write_recording(args.record, (rollout for _, recorded in measured for rollout in recorded))
     if args.json:
         about = {
             "commit": git_commit(), "command": sys.argv, "machine": platform.machine(), "cpus": os.cpu_count(),

@@ -74,6 +74,7 @@ def build(config, inputs: SftInputs):
     from tlt.progress import Progress
     from tlt.provenance import write_run_record
     from tlt.rl.losses import LikelihoodObjective
+    from tlt.rollout.vllm.speculation import NoSpeculation
     from tlt.sft.loop import HeldOut, SftRun
     from tlt.spot.training import NoSpotTraining
     from tlt.trace import Trace
@@ -104,7 +105,8 @@ def build(config, inputs: SftInputs):
         ),
         policy_trainer=trainer,
         checkpoints=build_checkpoints(
-            training, trainer, parallel, history=SuffixHistory(0), tail=NoSpotTraining(), trace=trace
+            training, trainer, parallel, history=SuffixHistory(0), tail=NoSpotTraining(),
+            speculation=NoSpeculation(), trace=trace,
         ),
         metrics=build_metrics_log(training, inputs.state, parallel),
         trace=trace,

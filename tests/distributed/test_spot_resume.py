@@ -15,6 +15,7 @@ from tests.unit.drafter_cases import make_sample, make_target, make_trainer
 from tlt.config import DrafterConfig, SpotConfig
 from tlt.drafter.history import SuffixHistory
 from tlt.drafter.learner import HeadLearner
+from tlt.rollout.vllm.speculation import NoSpeculation
 from tlt.run_state import TAIL, Checkpoints, RunState, latest_checkpoint, read_tail_state
 from tlt.spot.board import TailBoard
 from tlt.spot.training import NoSpotTraining, SpotTraining
@@ -86,7 +87,7 @@ def rollout(spot: SpotTraining) -> dict[str, float]:
 def checkpoints(spot, save: Path, world: Meeting) -> Checkpoints:
     return Checkpoints(
         save, trainer=SimpleNamespace(save=lambda folder: None), parallel=world, history=SuffixHistory(0), tail=spot,
-        trace=NoTrace(), interval=1, retain=9, train_iters=9,
+        speculation=NoSpeculation(), trace=NoTrace(), interval=1, retain=9, train_iters=9,
     )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from tests.e2e.runs import ROOT, SUMS, flags, records, run_forked
 from tests.engine.test_speculation import PEAKED, write_head
 from tests.tiny_models import write_tiny_model
 from tlt.run_state import read_tail_state
+from tlt.spec.recording import read_recording
+from tlt.spec.step_model import fit_model
 from tools import rollout
 from tools.bench_rollout import Replay
 
@@ -99,13 +101,14 @@ def check_refusal(status: int, errors: str, folder: Path, message: str) -> None:
 
 def test_the_rollout_benchmark_pairs_strategies(model, head, tmp_path):
     strategies = [
-        "plain", "off", "eagle:2", "suffix:3", "adaptive:4", "beg-mab@1=eagle:2|suffix:3", "stock-ngram:2",
-        "stock-eagle:2",
+        "plain", "off", "eagle:2", "suffix:3", "adaptive:4", "beg-mab@1=eagle:2|suffix:3",
+        "cost-model@eagle:2|suffix:3", "stock-ngram:2", "stock-eagle:2",
     ]  # fmt: skip
     result = run(
         "bench_rollout.py", "--model", str(model), "--drafter", str(head), "--sources", SUMS, "--strategies",
         ",".join(strategies), "--requests-per-rank", "4", "--group-size", "2", "--dtype", "float32",
         "--max-model-len", "256", "--max-tokens", "60", "--quick", "--json", str(tmp_path / "rows.json"),
+        "--record", str(tmp_path / "recording.jsonl"),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     rows = {row["strategy"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
@@ -117,6 +120,17 @@ def test_the_rollout_benchmark_pairs_strategies(model, head, tmp_path):
     assert rows["stock-eagle:2"]["drafted_per_verification"] == 2
     assert 0 < rows["plain"]["one_hot_ceiling"] < 1
     assert all(row["forced_frac"] == 0 for row in rows.values()), "what is forced in fp32 is drawn anyway"
+
+    recording = read_recording(tmp_path / "recording.jsonl", "--recording")
+    assert sorted(rollout.policy for rollout in recording) == sorted(
+        2 * [own for own in strategies if own != "plain" and not own.startswith("stock")]
+    )
+    for one in recording:
+        drafted = sum(sum(step.drafted) for step in one.steps)
+        assert one.policy not in ("off", "eagle:2") or (drafted > 0) == (one.policy == "eagle:2")
+        # A step gives each of its requests a token; the first ones came of steps that read prompts.
+        assert 0 < sum(step.num_running for step in one.steps) < sum(one.response_tokens)
+    assert set(fit_model(recording).drafters) == {"eagle", "suffix"}
 
 
 def test_a_replay_forces_the_tokens_of_its_texts_and_counts_other_draws():
@@ -204,3 +218,4 @@ def test_idle_ranks_train_the_drafter_and_the_run_is_the_same(model, head, tmp_p
     output = run_forked("pretrain_rl", flags(model, save, **common, spot_training="on"), timeout_s=280)
     assert f"the drafter goes on as version {version}" in output, output[-3000:]
     assert records(save)[3]["spec/drafter_version"] == version
+    assert "speculation goes on with what it learned under --spec-strategy eagle:3" in output, output[-3000:]

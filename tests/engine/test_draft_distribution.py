@@ -118,7 +118,7 @@ def _distributions(rank: int, world_size: int, folder: Path, head: Path, num: in
     }  # fmt: skip
     # Drafts are free, so that the router always drafts, and those that will hardly stand are cut: what it chooses must
     # not matter.
-    speculation.costs.prices = lambda num_running, _, max_draft_tokens: Prices(
+    speculation.controller.costs.prices = lambda num_running, _, max_draft_tokens: Prices(
         step_s=1.0, token_s=0.0, pass_s={}, row_s={},
         verify_s=1 + 0.1 / num_running * torch.arange(max_draft_tokens + 1).numpy(),
     )  # fmt: skip

@@ -20,7 +20,7 @@ from tlt.rollout.vllm.learned_drafter import DraftRequest
 from tlt.rollout.vllm.routing import OneForAll
 from tlt.rollout.vllm.speculation import LEARNED
 from tlt.spec.draft_kind import COUPLED, ONE_HOT, FixedKind
-from tlt.spec.strategy import FixedStrategy, parse_strategy
+from tlt.spec.strategy import DecodeStep, FixedStrategy, parse_strategy
 from tlt.types import OFF, SamplingConfig, SpecStrategy
 from tlt.weight_sync.gather import HfDirectory
 
@@ -70,10 +70,9 @@ class EveryStep:
         self.step += 1
         return self.strategies[self.step % len(self.strategies)]
 
-    def observe(self, strategy: SpecStrategy, *, num_running: int, num_tokens: int, seconds: float) -> None:
-        assert num_tokens >= 1
-        assert num_running >= 1
-        assert seconds > 0
+    def observe(self, step: DecodeStep) -> None:
+        assert step.num_verified >= step.num_tokens >= step.num_running >= 1
+        assert step.verify_s > 0
 
 
 class ByRequest(OneForAll):

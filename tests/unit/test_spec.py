@@ -12,7 +12,7 @@ from tlt.rollout.vllm.speculation import SpecPlan, read_spec_plan
 from tlt.spec.acceptance import AcceptanceStats
 from tlt.spec.lossless import REFUSED, refuse_lossy
 from tlt.spec.policy import parse_policy
-from tlt.spec.strategy import FixedStrategy, parse_strategy
+from tlt.spec.strategy import DecodeStep, FixedStrategy, parse_strategy
 from tlt.spec.verification import REJECTED
 from tlt.spec.watchdog import Watchdog
 from tlt.types import AUX, LAST, OFF, HiddenStateSample, SpecStrategy
@@ -68,7 +68,9 @@ def played(policy, seconds: dict[str, float], *, num_running: int, steps: int) -
     for _ in range(steps):
         strategy = policy.choose(num_running)
         choices.append(str(strategy))
-        policy.observe(strategy, num_running=num_running, num_tokens=num_running, seconds=seconds[str(strategy)])
+        policy.observe(
+            DecodeStep(strategy=strategy, num_running=num_running, draft_s=0.0, verify_s=seconds[str(strategy)])
+        )
     return choices
 
 

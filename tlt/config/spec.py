@@ -15,7 +15,8 @@ class SpecConfig:
     request, its siblings and past responses), `prompt_lookup:<tokens>` (n-gram match in its own text),
     `adaptive:<tokens>` (for each request the drafter and the number of tokens, at most so many, that pay for
     themselves), or `off`; by batch size `schedule@1=eagle:6/9=suffix:4/33=off`, or arms of a bandit,
-    `beg-mab@1=eagle:6|suffix:8/9=eagle:3|suffix:4` (docs/speculation.md)."""
+    `beg-mab@1=eagle:6|suffix:8/9=eagle:3|suffix:4`; or arms for a learned model of costs,
+    `cost-model@eagle:2|eagle:6|suffix:8` (docs/speculation.md)."""
     max_running_requests: int | None = None
     """Speculate in engine steps with at most this many running requests (the long tail); None means always."""
     drafter: tuple[str, ...] | None = None

@@ -5,7 +5,7 @@ Counts of what stood, by cells of (kind, confidence), make them so. Pure functio
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -52,6 +52,14 @@ class Calibration:
             self.decided[kind][cell] = DECAY * decided + 1
             self.stood[kind][cell] = DECAY * stood + (position < num_stood)
         return expected
+
+    def state_dict(self) -> dict:
+        """JSON types."""
+        return {"decided": self.decided, "stood": self.stood}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on with the counts of a table of the same kinds."""
+        self.decided, self.stood = ([[*row] for row in state[name]] for name in ("decided", "stood"))
 
     def doubt(self, share: float) -> None:
         """Let what was learned weigh only `share` of what it does: the drafter or the policy has changed."""

@@ -13,7 +13,7 @@ tokens and of prices that all ranks share. Shapes: B requests, K draft tokens, M
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -137,6 +137,32 @@ class DraftRouter:
             self.calibrations[name, is_random].doubt(share)
             self.depth_rates[name, is_random].doubt(share)
         self.sources = {key: trust for key, trust in self.sources.items() if key[0] != name}
+
+    def state_dict(self) -> dict:
+        """What outlives a rollout, JSON types."""
+        return {
+            "step": self.step,
+            "tables": [
+                {"drafter": name, "is_random": is_random, "confidences": table.state_dict()}
+                | ({"depths": self.depth_rates[name, is_random].state_dict()} if name in self.learned else {})
+                for (name, is_random), table in self.calibrations.items()
+            ],
+            "sources": [
+                {"drafter": name, "source": source, "trust": asdict(trust)}
+                for (name, source), trust in self.sources.items()
+            ],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on with what was learned of the drafters that are here too."""
+        self.step = state["step"]
+        for row in state["tables"]:
+            key = row["drafter"], row["is_random"]
+            if key in self.calibrations:
+                self.calibrations[key].load_state_dict(row["confidences"])
+            if key in self.depth_rates:
+                self.depth_rates[key].load_state_dict(row["depths"])
+        self.sources = {(row["drafter"], row["source"]): Trust(**row["trust"]) for row in state["sources"]}
 
     def plan(self, candidates: Sequence[Candidate], prices: Prices, *, num_running: int) -> list[Route | None]:
         """[B] routes for one engine step; None drafts nothing."""

@@ -7,10 +7,10 @@ generator are the caller's.
 
 import random
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
-from tlt.spec.strategy import rising_from_one
+from tlt.spec.strategy import DecodeStep, rising_from_one
 from tlt.types import OFF, SpecStrategy
 
 
@@ -32,6 +32,10 @@ class BegMab:
         """Index of the last threshold that the batch reaches."""
         return max(index for index, threshold in enumerate(self.thresholds) if threshold <= max(num_running, 1))
 
+    def arms(self, num_running: int) -> Sequence[SpecStrategy]:
+        """Its bucket's."""
+        return self.groups[self.bucket(num_running)]
+
     def choose(self, num_running: int) -> SpecStrategy:
         """For an engine step with so many running requests: an arm never tried first, then mostly the best median."""
         bucket = self.bucket(num_running)
@@ -43,8 +47,23 @@ class BegMab:
             return self.random.choice(arms)
         return max(arms, key=lambda arm: median(self.rewards[bucket, arm]))
 
-    def observe(self, strategy: SpecStrategy, *, num_running: int, num_tokens: int, seconds: float) -> None:
-        """A step that verified this strategy's drafts for so many requests gave `num_tokens` in `seconds`."""
-        bucket = self.bucket(num_running)
-        if seconds > 0 and strategy in self.groups[bucket]:
-            self.rewards[bucket, strategy].append(num_tokens / seconds)
+    def observe(self, step: DecodeStep) -> None:
+        """Count its tokens a second for its strategy, in the bucket of its batch."""
+        bucket = self.bucket(step.num_running)
+        if step.seconds > 0 and step.strategy in self.groups[bucket]:
+            self.rewards[bucket, step.strategy].append(step.num_tokens / step.seconds)
+
+    def state_dict(self) -> dict:
+        """JSON types. The random generator begins anew: choices follow measured times anyway."""
+        return {
+            "rewards": [
+                {"bucket": bucket, "strategy": str(arm), "tokens_per_s": list(rewards)}
+                for (bucket, arm), rewards in self.rewards.items()
+            ]
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on with what a bandit of the same arms gave."""
+        arms = {str(arm): arm for group in self.groups for arm in group}
+        for row in state["rewards"]:
+            self.rewards[row["bucket"], arms[row["strategy"]]].extend(row["tokens_per_s"])

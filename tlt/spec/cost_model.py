@@ -6,7 +6,7 @@ kernel changes its blocking. Times are given by the caller, so decisions can be 
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import median
 
 import numpy as np
@@ -35,21 +35,37 @@ def bin_of(size: int) -> int:
 class Curve:
     """Seconds by size: medians of bins, the nearest ones that rise, linear between them."""
 
+    window: int | None = WINDOW
+    """Times that a bin keeps; None for all."""
     _bins: dict[int, deque[tuple[int, float]]] = field(default_factory=dict)
-    _points: list[tuple[float, float]] | None = None
-    """Made when they are asked for: every engine step is observed, and most strategies ask for no price."""
+    _medians: dict[int, tuple[float, float, int]] = field(default_factory=dict)
+    _changed: set[int] = field(default_factory=set)
+    """Bins whose medians are made when they are asked for: most strategies ask for no price."""
+    _points: list[tuple[float, float]] = field(default_factory=list)
 
     def observe(self, size: int, seconds: float) -> None:
-        self._bins.setdefault(bin_of(size), deque(maxlen=WINDOW)).append((size, seconds))
-        self._points = None
+        found = bin_of(size)
+        self._bins.setdefault(found, deque(maxlen=self.window)).append((size, seconds))
+        self._changed.add(found)
+
+    def state_dict(self) -> dict:
+        """JSON types."""
+        return {"times": [list(time) for times in self._bins.values() for time in times]}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Observe what another curve kept."""
+        for size, seconds in state["times"]:
+            self.observe(size, seconds)
 
     def _rising_points(self) -> list[tuple[float, float]]:
         """(mean size, seconds) of each bin, by size."""
-        if self._points is None:
-            medians = sorted(
-                (sum(size for size, _ in times) / len(times), median(seconds for _, seconds in times), len(times))
-                for times in self._bins.values()
-            )
+        if self._changed:
+            for changed in self._changed:
+                times = self._bins[changed]
+                sizes = sum(size for size, _ in times)
+                self._medians[changed] = (sizes / len(times), median(seconds for _, seconds in times), len(times))
+            self._changed.clear()
+            medians = sorted(self._medians.values())
             levels = rising([y for _, y, _ in medians], [count for _, _, count in medians])
             self._points = [(x, y) for (x, _, _), y in zip(medians, levels, strict=True)]
         return self._points
@@ -103,6 +119,7 @@ class Prices:
 
 
 NO_PRICES = Prices(step_s=0.0, token_s=0.0, pass_s={}, row_s={})
+"""Where no one asks."""
 
 
 @dataclass
@@ -143,6 +160,21 @@ class CostModel:
     def observe_rate(self, num_running: int, num_tokens: int, seconds: float) -> None:
         """A step of `adaptive` gave so many tokens; seconds with the drafting of what it verified."""
         self.rates.setdefault(num_running, Rate()).observe(num_tokens, seconds)
+
+    def state_dict(self) -> dict:
+        """JSON types."""
+        return {
+            "steps": self.steps.state_dict(),
+            "passes": {name: curve.state_dict() for name, curve in self.passes.items()},
+            "rates": [[num_running, asdict(rate)] for num_running, rate in self.rates.items()],
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on with what `state_dict` gave."""
+        self.steps.load_state_dict(state["steps"])
+        for name, times in state["passes"].items():
+            self.passes.setdefault(name, Curve()).load_state_dict(times)
+        self.rates |= {num_running: Rate(**rate) for num_running, rate in state["rates"]}
 
     def prices(self, num_running: int, num_draft_tokens: int, *, max_draft_tokens: int) -> Prices:
         """For so many requests, where about `num_draft_tokens` will be drafted in all and at most

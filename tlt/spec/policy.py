@@ -1,15 +1,19 @@
-"""Reads what --spec-strategy says: one strategy, a schedule by batch size, or a bandit's arms by batch size.
+"""Reads what --spec-strategy says: one strategy, a schedule by batch size, or the arms of a policy that learns.
 
-`eagle:4`, `off`; `schedule@1=eagle:6/5=eagle:3/17=off`; `beg-mab@1=eagle:6|suffix:8/5=eagle:3|suffix:4`.
+`eagle:4`, `off`; `schedule@1=eagle:6/5=eagle:3/17=off`; `beg-mab@1=eagle:6|suffix:8/5=eagle:3|suffix:4`;
+`cost-model@eagle:2|eagle:6|suffix:8`.
 """
 
 from collections.abc import Sequence
 
 from tlt.spec.bandit import BegMab
-from tlt.spec.strategy import FixedStrategy, Schedule, StrategyPolicy, parse_strategy
+from tlt.spec.cost_policy import CostModelPolicy
+from tlt.spec.strategy import ADAPTIVE, METHODS, FixedStrategy, Schedule, StrategyPolicy, parse_strategy
 from tlt.types import SpecStrategy
 
-SCHEDULE, BEG_MAB = "schedule@", "beg-mab@"
+SCHEDULE, BEG_MAB, COST_MODEL = "schedule@", "beg-mab@", "cost-model@"
+ONE_DRAFTER = tuple(method for method in METHODS if method != ADAPTIVE)
+"""A cost model knows an arm by its drafter's record; `adaptive` mixes drafters."""
 EPSILON, WINDOW = 0.05, 50
 """Of the bandit: share of random choices, and steps of an arm that its median is taken of."""
 
@@ -25,6 +29,9 @@ def parse_policy(
         buckets = parse_rows(text.removeprefix(BEG_MAB), flag)
         policy = named(flag, lambda: BegMab(buckets, epsilon=EPSILON, window=WINDOW, seed=seed))
         return policy, tuple(arm for _, arms in buckets for arm in arms)
+    if text.startswith(COST_MODEL):
+        arms = [parse_strategy(arm, flag, methods=ONE_DRAFTER) for arm in text.removeprefix(COST_MODEL).split("|")]
+        return CostModelPolicy(arms), tuple(arms)
     strategy = parse_strategy(text, flag)
     return FixedStrategy(strategy, max_running_requests=max_running_requests), (strategy,)
 

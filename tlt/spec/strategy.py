@@ -1,6 +1,7 @@
 """What may be chosen for an engine step: `<method>:<draft tokens>` or `off`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -29,6 +30,35 @@ def parse_strategy(text: str, flag: str, *, methods: tuple[str, ...] = METHODS) 
     return SpecStrategy(method=method, num_draft_tokens=int(count))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodeStep:
+    """An engine step that read no prompts: what it verified, what came of it, how long that took. K draft tokens."""
+
+    strategy: SpecStrategy
+    """That made the drafts it verified."""
+    num_running: int
+    drafted: tuple[int, ...] = ()  # [K] requests whose draft had a token at each position
+    accepted: tuple[int, ...] = ()  # [K] requests whose draft stood up to there
+    draft_s: float
+    """Spent on making the drafts, at the end of the step before."""
+    verify_s: float
+    """The step without the drafts that were made at its own end."""
+
+    @property
+    def num_verified(self) -> int:
+        """Tokens that went through the policy, one of each request included."""
+        return self.num_running + sum(self.drafted)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that came of it."""
+        return self.num_running + sum(self.accepted)
+
+    @property
+    def seconds(self) -> float:
+        return self.draft_s + self.verify_s
+
+
 class StrategyPolicy(Protocol):
     """Chooses the strategy of each engine step. Choices are made on a replica's first rank and broadcast."""
 
@@ -38,11 +68,38 @@ class StrategyPolicy(Protocol):
     def choose(self, num_running: int) -> SpecStrategy:
         """For an engine step with so many running requests."""
 
-    def observe(self, strategy: SpecStrategy, *, num_running: int, num_tokens: int, seconds: float) -> None:
-        """A decoding step that verified the strategy's drafts gave `num_tokens` in `seconds`, drafting included."""
+    def arms(self, num_running: int) -> Sequence[SpecStrategy]:
+        """All that `choose` may ever say for so many."""
+
+    def observe(self, step: DecodeStep) -> None:
+        """Learn from a step that decoded."""
+
+    def state_dict(self) -> dict:
+        """What was learned, JSON types; {} for nothing."""
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on with what a policy of the same text gave."""
 
 
-class FixedStrategy:
+class LearnsNothing:
+    """What policies share that are pure functions of the batch size."""
+
+    def arms(self: StrategyPolicy, num_running: int) -> Sequence[SpecStrategy]:
+        """All that `choose` may ever say for so many."""
+        return (self.choose(num_running),)
+
+    def observe(self, step: DecodeStep) -> None:
+        """Nothing to learn."""
+
+    def state_dict(self) -> dict:
+        """Nothing was learned."""
+        return {}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Nothing to go on with."""
+
+
+class FixedStrategy(LearnsNothing):
     """One strategy while at most `max_running_requests` run, off above; a pure function of what all ranks know."""
 
     def __init__(self, strategy: SpecStrategy, *, max_running_requests: int | None = None):
@@ -60,9 +117,6 @@ class FixedStrategy:
             return OFF
         return self.strategy
 
-    def observe(self, strategy: SpecStrategy, *, num_running: int, num_tokens: int, seconds: float) -> None:
-        """Learns nothing."""
-
 
 def rising_from_one(batches: Sequence[int]) -> list[int]:
     """Smallest batches of buckets that cover all sizes. Raises ValueError where they do not."""
@@ -71,7 +125,7 @@ def rising_from_one(batches: Sequence[int]) -> list[int]:
     return list(batches)
 
 
-class Schedule:
+class Schedule(LearnsNothing):
     """A strategy for each range of batch sizes, as vLLM's own table of draft lengths by batch size."""
 
     def __init__(self, rows: Sequence[tuple[int, SpecStrategy]]):
@@ -85,6 +139,3 @@ class Schedule:
 
     def choose(self, num_running: int) -> SpecStrategy:
         return [strategy for first, strategy in self.rows if first <= max(num_running, 1)][-1]
-
-    def observe(self, strategy: SpecStrategy, *, num_running: int, num_tokens: int, seconds: float) -> None:
-        """Learns nothing."""

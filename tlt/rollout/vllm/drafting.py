@@ -89,8 +89,6 @@ class Drafting:
         """Verified in the last engine step, one of each request included; 0 where it also read prompts."""
         self.num_rows = 0
         """Requests in it."""
-        self.num_sampled = 0
-        """Tokens that came of it."""
         self.draft_s = 0.0
         """Spent on drafts in the last engine step."""
         runner.propose_draft_token_ids = self.propose
@@ -119,7 +117,6 @@ class Drafting:
         num_decoded = len(request_ids) + sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
         self.num_tokens = num_decoded if num_decoded == num_tokens else 0
         self.num_rows = len(request_ids)
-        self.num_sampled = sum(map(len, sampled_token_ids))
         self.draft_s = 0.0
         if self.strategy.num_draft_tokens == 0:
             return [[] for _ in request_ids]

@@ -23,6 +23,7 @@ from tlt.rollout.vllm.drafting import speculative_config
 from tlt.rollout.vllm.requests import Requests
 from tlt.rollout.vllm.sampling import PositionSampler
 from tlt.rollout.vllm.speculation import SpecPlan, make_speculation
+from tlt.spec.graph_plan import capture_sizes
 from tlt.spec.lossless import refuse_lossy
 from tlt.types import EngineStats, HiddenStateSample, Prompt, Rollout, RolloutGroup, SamplingConfig, rollout_name
 
@@ -101,6 +102,8 @@ class VLLMRolloutEngine:
         if self.tp_size > 1 and not self.on_gpu:
             shared_memory.name_after(self._agree(secrets.token_hex(8)))
         num_threads = torch.get_num_threads()
+        sizes = capture_sizes(spec.policy, max_num_seqs=config.max_num_seqs) if self.on_gpu else []
+        graphs = {"compilation_config": {"cudagraph_capture_sizes": sizes}} if sizes else {}
         self.llm = LLM(
             model=hf_model,
             dtype=dtype,
@@ -119,7 +122,7 @@ class VLLMRolloutEngine:
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             speculative_config=speculative_config(spec.max_draft_tokens),
-            **parse_engine_args(config.engine_args),
+            **(graphs | parse_engine_args(config.engine_args)),  # the user's own choice of graphs wins
         )
         torch.set_num_threads(num_threads)
         self.engine = self.llm.llm_engine
@@ -222,7 +225,7 @@ class VLLMRolloutEngine:
             self._stats.running_requests.append(len(self.scheduler.running))
             verified = self.speculation.ledger.take_step()
             self._stats.step_drafts.append(verified.num_drafts)
-            self._stats.step_accepted.append(verified.num_accepted_tokens)
+            self._stats.step_accepted.append(sum(verified.accepted))
             waiting = {request.request_id for request in self.scheduler.waiting if request.status.name == "PREEMPTED"}
             self._stats.num_preemptions += len(waiting - preempted)
             preempted = waiting

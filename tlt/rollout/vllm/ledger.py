@@ -50,7 +50,7 @@ class Proposal:
 
 @dataclass
 class DraftCount:
-    """Verified drafts of one request, or of one engine step."""
+    """Verified drafts of one request."""
 
     num_drafts: int = 0
     num_draft_tokens: int = 0
@@ -76,12 +76,12 @@ class DraftLedger:
         self.proposals: dict[str, Proposal] = {}
         self.stats: dict[str, AcceptanceStats] = defaultdict(AcceptanceStats)
         self.requests: dict[str, DraftCount] = defaultdict(DraftCount)  # by name, which vLLM's ids are not
-        self._step = DraftCount()
+        self.step = AcceptanceStats()  # verified since `take_step`, of all drafters
         self.plan_s = 0.0  # spent on deciding who drafts
 
-    def take_step(self) -> DraftCount:
+    def take_step(self) -> AcceptanceStats:
         """What was verified since this was last asked."""
-        step, self._step = self._step, DraftCount()
+        step, self.step = self.step, AcceptanceStats()
         return step
 
     def forget(self, request_ids: Iterable[str]) -> None:
@@ -118,7 +118,9 @@ class DraftLedger:
     def _count(self, request_id: str, count: int, accepted: int, decided: torch.Tensor) -> None:
         proposal = self.proposals[request_id]
         stats, request = self.stats[proposal.drafter], self.requests[proposal.request_name]
-        stats.count(count, accepted, float(decided.amax(1).sum()))
+        max_probs = float(decided.amax(1).sum())
+        stats.count(count, accepted, max_probs)
+        self.step.count(count, accepted, max_probs)
         if proposal.draft_probs is not None:
             columns = decided if proposal.draft_token_ids is None else decided[:, proposal.draft_token_ids]
             rates = {
@@ -128,7 +130,6 @@ class DraftLedger:
             stats.compare(rates, len(decided))
             self.on_compared(proposal, rates, len(decided))
         request.count(count, accepted)
-        self._step.count(count, accepted)
         self.on_verified(proposal, accepted)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from tlt.rollout.vllm.lookup_drafter import LookupDrafter
 from tlt.rollout.vllm.routing import AdaptiveRouting
 from tlt.rollout.vllm.suffix_drafter import SuffixDrafter, compile_kernels
 from tlt.rollout.vllm.token_pool import TokenPool
-from tlt.spec.cost_model import NO_PRICES, CostModel
+from tlt.spec.controller import Controller
 from tlt.spec.draft_kind import kind_choice
 from tlt.spec.policy import parse_policy
-from tlt.spec.strategy import ADAPTIVE, HEADS, StrategyPolicy
+from tlt.spec.strategy import ADAPTIVE, HEADS, DecodeStep, StrategyPolicy
 from tlt.spec.watchdog import Watchdog
 from tlt.types import AUX, LAST, EngineStats, HiddenStateSample, Prompt
 
@@ -147,16 +147,25 @@ class NoSpeculation:
     def report(self, stats: EngineStats) -> None:
         """Nothing to report."""
 
+    def state_dict(self) -> dict:
+        """Nothing was learned."""
+        return {}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Nothing to go on with: a run may be resumed without speculation."""
+
 
 class Speculation:
-    """Of one engine that may draft; `policy` chooses for each step."""
+    """Of one engine that may draft."""
 
     def __init__(
         self, plan: SpecPlan, runner: Any, scheduler: Any, *, agree: Agree, hf_model: str, history: SuffixHistory
     ):
-        self.policy = plan.policy
+        self.strategy = plan.config.strategy
         self.runner = runner
-        self.agree = agree
+        self.controller = Controller(plan.policy, agree=agree)
+        self.on_step: Callable[[DecodeStep], None] = lambda step: None
+        """Called after each step that only decoded: for whoever records a run."""
         self.ledger = DraftLedger()
         self.buffer = HiddenStateBuffer(plan.config.hidden_states_mib * 2**20)
         self.watchdog = Watchdog(collapse_frac=plan.config.collapse_frac)
@@ -186,14 +195,13 @@ class Speculation:
             runner, scheduler, drafters=drafters, ledger=self.ledger, pool=pool, agree=agree,
             max_draft_tokens=runner.num_spec_tokens,
         )  # fmt: skip
-        self.costs = CostModel()
         self.router = DraftRouter(list(self.heads), max_draft_tokens=runner.num_spec_tokens)
         self.routing = AdaptiveRouting(self.router, self.suffix, list(self.heads.values()), agree=agree)
         self.drafting.router = self.routing
         self.ledger.on_verified = self.routing.verified
         self.ledger.on_compared = self._compared
         for name, learned in self.heads.items():
-            learned.on_pass = partial(self.costs.observe_pass, name)
+            learned.on_pass = partial(self.controller.costs.observe_pass, name)
         self.begin([])
 
     def begin(self, prompts: Sequence[Prompt]) -> None:
@@ -208,12 +216,11 @@ class Speculation:
 
     def before_step(self, num_running: int) -> None:
         """Choose what is drafted at the end of the next engine step."""
-        own = self.policy.choose(num_running)
-        prices = NO_PRICES
-        if own.method == ADAPTIVE:
-            most = num_running * self.router.max_draft_tokens
-            prices = self.costs.prices(num_running, self.router.num_planned, max_draft_tokens=most)
-        strategy, self.routing.prices = self.agree((own, prices))
+        strategy, self.routing.prices = self.controller.choose(
+            num_running,
+            num_planned=self.router.num_planned,
+            max_draft_tokens=num_running * self.router.max_draft_tokens,
+        )
         self._verified = self.drafting.strategy
         self._switches += strategy != self.drafting.strategy
         self.drafting.strategy = strategy
@@ -223,16 +230,13 @@ class Speculation:
         """Watch the acceptance of the step that ended."""
         self._speculative_s += seconds * self._had_drafts
         if self.drafting.num_tokens:  # nothing but decoding
-            verify_s = seconds - self.drafting.draft_s
-            self.costs.observe_step(self.drafting.num_tokens, verify_s)
-            num_rows, num_sampled, whole_s = (
-                self.drafting.num_rows,
-                self.drafting.num_sampled,
-                self._draft_s + verify_s,
-            )
-            self.policy.observe(self._verified, num_running=num_rows, num_tokens=num_sampled, seconds=whole_s)
-            if self._verified.method == ADAPTIVE:
-                self.costs.observe_rate(num_rows, num_sampled, whole_s)
+            verified = self.ledger.step
+            step = DecodeStep(
+                strategy=self._verified, num_running=self.drafting.num_rows, drafted=tuple(verified.drafted),
+                accepted=tuple(verified.accepted), draft_s=self._draft_s, verify_s=seconds - self.drafting.draft_s,
+            )  # fmt: skip
+            self.controller.observe(step)
+            self.on_step(step)
         self._draft_s = self.drafting.draft_s
         if self.learned is None:
             return
@@ -249,6 +253,15 @@ class Speculation:
                 self.watchdog.baseline, self.learned.version,
             )  # fmt: skip
         self._counted = (drafted, accepted)
+
+    @property
+    def policy(self) -> StrategyPolicy:
+        """Chooses for each step; may be replaced between two of them."""
+        return self.controller.policy
+
+    @policy.setter
+    def policy(self, policy: StrategyPolicy) -> None:
+        self.controller.policy = policy
 
     def finished(
         self, name: str, token_ids: list[int], *, num_prompt_tokens: int, policy_version: int, is_random: bool
@@ -312,6 +325,27 @@ class Speculation:
     @property
     def drafter_version(self) -> int:
         return -1 if self.learned is None else self.learned.version
+
+    def state_dict(self) -> dict:
+        """Prices, calibrations and what the policy learned: JSON types."""
+        return {
+            "strategy": self.strategy,
+            "policy": self.policy.state_dict(),
+            "costs": self.controller.costs.state_dict(),
+            "router": self.router.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on with what a run learned; {} for nothing. All ranks must call with the same state.
+
+        Prices and calibrations hold for any strategy, what a policy learned only for the same --spec-strategy."""
+        if not state:
+            return
+        self.router.load_state_dict(state["router"])
+        self.controller.costs.load_state_dict(state["costs"])
+        if state["strategy"] == self.strategy:
+            self.policy.load_state_dict(state["policy"])
+        logger.info("speculation goes on with what it learned under --spec-strategy %s", state["strategy"])
 
     def report(self, stats: EngineStats) -> None:
         """Write what this rollout's speculation did into its statistics."""
