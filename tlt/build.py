@@ -198,9 +198,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
         engine, rewards, parallel, history=history, tail=tail, interrupt=interrupt, trace=trace
     )
     training = config.training
-    rollout_log = RolloutLog(
-        save / "rollouts", interval=config.rollout.save_interval, is_writer=parallel.rank == 0
-    )  # fmt: skip
+    log = RolloutLog(save / "rollouts", interval=config.rollout.save_interval, is_writer=parallel.rank == 0)
     return Run(
         config=config,
         parallel=parallel,
@@ -209,7 +207,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
         rollout_engine=engine,
         rollouts=rollouts,
         group_sampler=GroupSampler(inputs.prompts, rollouts, sampling, rl=config.rl, seed=training.seed),
-        rollout_log=rollout_log,
+        rollout_log=log,
         policy_trainer=trainer,
         weight_sync=StreamedWeightSync(trainer, engine, trace=trace),
         evaluation=Evaluation(
@@ -217,7 +215,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             rollouts,
             sampling=sampling,
             num_samples=config.eval.num_samples,
-            rollout_log=rollout_log,
+            rollout_log=log,
             interval=config.eval.interval,
             train_iters=training.train_iters,
         ),  # fmt: skip

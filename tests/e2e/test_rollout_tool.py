@@ -19,7 +19,7 @@ from tlt.run_state import read_tail_state
 from tlt.spec.recording import read_recording
 from tlt.spec.step_model import fit_model
 from tools import rollout
-from tools.bench_rollout import Replay
+from tools.replay_text import Replay
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 

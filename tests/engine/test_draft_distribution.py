@@ -120,7 +120,7 @@ def _distributions(rank: int, world_size: int, folder: Path, head: Path, num: in
     # not matter.
     speculation.controller.costs.prices = lambda num_running, _, max_draft_tokens: Prices(
         step_s=1.0, token_s=0.0, pass_s={}, row_s={},
-        verify_s=1 + 0.1 / num_running * torch.arange(max_draft_tokens + 1).numpy(),
+        verify_s=tuple(1 + 0.1 / num_running * token for token in range(max_draft_tokens + 1)),
     )  # fmt: skip
     for name, sampling in SAMPLINGS.items():
         for seed in seeds:

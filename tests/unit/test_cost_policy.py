@@ -85,7 +85,7 @@ def test_noise_does_not_flip_it(monkeypatch):
     def switches() -> int:
         rng = random.Random(3)
         policy = CostModelPolicy([strategy("eagle:2"), strategy("eagle:3")])
-        chosen = [played(policy, 8, 1, stands=0.7, noise=rng.lognormvariate(0, 0.1))[0] for _ in range(1000)]
+        chosen = [played(policy, 8, 1, stands=0.7, noise=rng.lognormvariate(0, 0.3))[0] for _ in range(1000)]
         return sum(a != b for a, b in zip(chosen[100:], chosen[101:], strict=False))
 
     calm = switches()

@@ -60,7 +60,8 @@ def test_the_oracle_knows_the_batch_size_and_the_moment():
     arms = strategies("off", "eagle:1", "eagle:2", "eagle:4", "eagle:6")
     best = [str(arm) for arm in Prospects(stated_model(), arms, max_requests=64, share=1.0).best[1:]]
     assert best[0] == "eagle:4"  # by hand: 3.44 tokens in 31.5 ms; eagle:2 2.53 in 24.5 ms, eagle:6 3.94 in 38.5 ms
-    assert best[-1] == "eagle:1"
+    assert "eagle:1" in best
+    assert best[-1] == "off"  # 64 tokens in 112 ms; eagle:1 117.8 in 210 ms
     lengths = [int(text.partition(":")[2] or 0) for text in best]
     assert lengths == sorted(lengths, reverse=True)
     assert Prospects(stated_model(), arms, max_requests=64, share=0.2).best[-1] == OFF

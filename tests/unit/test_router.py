@@ -230,7 +230,7 @@ def test_prices_are_differences_of_measured_times():
         costs.observe_pass("eagle", 1, 0.003)
         costs.observe_pass("eagle", 4, 0.006)
     prices = costs.prices(4, 8, max_draft_tokens=16)
-    assert prices.verify_s == pytest.approx(0.020 + 0.002 * np.arange(17))
+    assert prices.verify_s == pytest.approx(tuple(0.020 + 0.002 * np.arange(17)))
     assert prices.rate is None
     assert (prices.step_s, prices.token_s) == pytest.approx((0.020, 0.002))
     assert prices.row_s["eagle"] == pytest.approx(0.001)
@@ -260,7 +260,7 @@ falling = st.lists(st.floats(0, 1), max_size=4).map(lambda worth: np.array(sorte
 def test_the_cut_keeps_what_is_worth_most_beyond_its_verification(drafts, rises, rate):
     verify_s = np.cumsum([0.02, *rises])  # rises by any steps, as matrix products do
     router = past_probes(make_router([], max_draft_tokens=4))
-    prices = Prices(step_s=0.02, token_s=0.001, pass_s={}, row_s={}, verify_s=verify_s, rate=rate)
+    prices = Prices(step_s=0.02, token_s=0.001, pass_s={}, row_s={}, verify_s=tuple(verify_s), rate=rate)
     router.plan([candidate()], prices, num_running=1)
     assert router.rate <= rate
     standings, is_fixed = [worth for worth, _ in drafts], [fixed for _, fixed in drafts]
@@ -284,7 +284,7 @@ def test_the_cut_keeps_what_is_worth_most_beyond_its_verification(drafts, rises,
 def test_a_probe_is_verified_whole_and_an_unmeasured_engine_too():
     router = make_router([], max_draft_tokens=4)
     dear = np.cumsum([0.02, 1, 1, 1, 1])
-    prices = Prices(step_s=0.02, token_s=1.0, pass_s={}, row_s={}, verify_s=dear)
+    prices = Prices(step_s=0.02, token_s=1.0, pass_s={}, row_s={}, verify_s=tuple(dear))
     for _ in range(3):
         router.plan([candidate(probs=[0.5, 0.5])], prices, num_running=1)
         assert router.cut([np.array([0.5, 0.25])], [False]) == [0]
@@ -299,7 +299,7 @@ def test_a_poor_step_after_good_ones_still_drafts():
     def plan(rate: float | None) -> tuple[list, list[int]]:
         router = past_probes(make_router([], max_draft_tokens=4))
         prices = Prices(
-            step_s=0.02, token_s=0.004, pass_s={}, row_s={}, verify_s=0.02 + 0.004 * np.arange(9), rate=rate
+            step_s=0.02, token_s=0.004, pass_s={}, row_s={}, verify_s=tuple(0.02 + 0.004 * np.arange(9)), rate=rate
         )  # fmt: skip
         routes = router.plan([candidate(f"p#{i}", probs=[0.999] * 4) for i in range(2)], prices, num_running=2)
         return routes, router.cut([np.array([0.9, 0.8, 0.7, 0.6])] * 2, [False] * 2)

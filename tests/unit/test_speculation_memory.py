@@ -1,7 +1,6 @@
 """What speculation learned goes through a checkpoint's file and decides on as before."""
 
 import json
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,8 +32,7 @@ def test_prices_are_saved(tmp_path):
     for each in (costs, found):
         each.observe_step(12, 0.05)
     for size in range(1, 40):
-        restored, own = (asdict(each.prices(size, 2 * size, max_draft_tokens=8 * size)) for each in (found, costs))
-        assert restored.pop("verify_s").tolist() == own.pop("verify_s").tolist()
+        restored, own = (each.prices(size, 2 * size, max_draft_tokens=8 * size) for each in (found, costs))
         assert restored == own
     assert found.prices(4, 8, max_draft_tokens=8).rate is not None
 

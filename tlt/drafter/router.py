@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from tlt.drafter.calibration import NUM_CONFIDENCES, Calibration, cell_centres
+from tlt.drafter.trust import Trust
 from tlt.spec.cost_model import NO_PRICES, Prices
 
 SUFFIX = "suffix"
@@ -26,9 +27,6 @@ MATCH_EDGES = np.array(MATCHES)
 """Borders of the match-length kinds of suffix drafts."""
 NUM_DEPTHS = 6
 """Kinds of learned drafts: their depths, the last one for all deeper tokens."""
-TRUST_WEIGHT, TRUST_DECAY = 6.0, 0.97
-"""Expected tokens with which a request's trust in a drafter starts from its group's; what its past weighs after one
-more verification."""
 SPARE = 0.5
 """Share of its price that a suffix token must be worth to be proposed; which ones are verified is decided later."""
 PROBE_STEPS, PROBE_TOKENS = 64, 2
@@ -72,21 +70,6 @@ class Plan:
     """Seconds of the heads' passes."""
     cost_s: float
     """These and the verification."""
-
-
-@dataclass
-class Trust:
-    """How many draft tokens stood where so many were expected to."""
-
-    expected: float = 0.0
-    stood: float = 0.0
-
-    def factor(self, prior: float) -> float:
-        return min(max((self.stood + TRUST_WEIGHT * prior) / (self.expected + TRUST_WEIGHT), 0.2), 1.5)
-
-    def count(self, expected: float, stood: int) -> None:
-        self.expected = TRUST_DECAY * self.expected + expected
-        self.stood = TRUST_DECAY * self.stood + stood
 
 
 def suffix_prior() -> np.ndarray:
@@ -209,7 +192,7 @@ class DraftRouter:
         """How many tokens of each draft to verify: those that together are worth most beyond the measured time of
         verifying so many. `standings` [K] of each draft are `standing`; a fixed one is verified whole."""
         counts = np.array([len(one) for one in standings])
-        if not self.is_probe and len(self.prices.verify_s):
+        if not self.is_probe and self.prices.verify_s and self.prices.step_s > 0:
             free = [
                 (one[index], row)
                 for row, one in enumerate(standings)
@@ -219,7 +202,7 @@ class DraftRouter:
             free.sort(key=lambda pair: -pair[0])  # stable: tokens of a draft stay in order
             worth, rows = np.array([one for one, _ in free]), np.array([row for _, row in free], dtype=int)
             fixed = int(counts[np.array(is_fixed, dtype=bool)].sum())
-            verify_s = self.prices.verify_s[fixed : fixed + len(free) + 1]
+            verify_s = np.array(self.prices.verify_s[fixed : fixed + len(free) + 1])
             gain = np.cumsum(np.concatenate([[0.0], worth]))[: len(verify_s)]
             # In a step poorer than the last ones their rate cannot be had: at that price it would draft nothing.
             rate = min(self.rate, float(((self.num_running + gain) / (verify_s + self.passes_s)).max()))

@@ -112,7 +112,7 @@ class Prices:
     """One pass of each learned drafter, whatever its rows."""
     row_s: Mapping[str, float]
     """One more row in such a pass."""
-    verify_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    verify_s: tuple[float, ...] = ()
     """[N + 1] of a step that verifies 0 to N draft tokens in all; empty: `step_s` and `token_s` for each."""
     rate: float | None = None
     """Tokens a second that steps of so many requests came to lately; None while too few were seen."""
@@ -179,8 +179,8 @@ class CostModel:
     def prices(self, num_running: int, num_draft_tokens: int, *, max_draft_tokens: int) -> Prices:
         """For so many requests, where about `num_draft_tokens` will be drafted in all and at most
         `max_draft_tokens`."""
-        verify_s = self.steps.seconds_of(num_running + np.arange(max_draft_tokens + 1))
-        step_s = float(verify_s[0])
+        verify_s = tuple(self.steps.seconds_of(num_running + np.arange(max_draft_tokens + 1)).tolist())
+        step_s = verify_s[0]
         more = max(num_draft_tokens, num_running, 1)
         pass_s, row_s = {}, {}
         for name, curve in self.passes.items():

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from tlt.drafter.model import EagleHead
 from tlt.rollout.vllm.ledger import Proposal
-from tlt.rollout.vllm.packed_head import PackedLinear, pack
+from tlt.rollout.vllm.packed_head import PackedLinear, packed
 from tlt.rollout.vllm.paged_attention import CpuPagedAttention, GatheredPagedAttention
 from tlt.rollout.vllm.token_pool import TokenPool
 from tlt.spec.draft_kind import COUPLED, ONE_HOT, SAMPLED, KindChoice
@@ -91,8 +91,7 @@ class LearnedDrafter:
         self._read_out: Callable[[torch.Tensor], torch.Tensor] = runner.get_model().compute_logits
         """Logits [B, V_draft] of the head's outputs [B, H]."""
         self.on_cpu = runner.device.type == "cpu"
-        if self.on_cpu:
-            pack(self.head)
+        self._renew_live()
         self._previous: dict[str, torch.Tensor] = {}
         self._num_cached: dict[str, int] = {}
         self._num_passes = 0
@@ -123,9 +122,12 @@ class LearnedDrafter:
     def _copy(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.head.named_parameters():
             parameter.copy_(tensors[name])
-        if self.on_cpu:
-            pack(self.head)
+        self._renew_live()
         self._num_cached.clear()  # keys and values are of the old weights
+
+    def _renew_live(self) -> None:
+        """`live` is what computes: the head, or on a CPU a copy of it with packed weights."""
+        self.live = packed(self.head) if self.on_cpu else self.head
 
     def renew_output(self, name: str, tensor: torch.Tensor) -> None:
         """Take over a weight of the target (Hugging Face name) if it is what drafts are read out with."""
@@ -207,7 +209,7 @@ class LearnedDrafter:
         rows = torch.tensor([request.row for request in requests])[index]
         next_tokens = torch.from_numpy(self.runner.input_batch.token_ids_cpu[rows.numpy(), position.numpy() + 1])
         slots = self.pool.slots(block_table, index, position)
-        hidden = self.head.fuse(self.pool.at(self.head.reads, slots))
+        hidden = self.live.fuse(self.pool.at(self.head.reads, slots))
         output = self._forward(
             next_tokens.long(), hidden, position, slots, block_table, torch.tensor(ends, dtype=torch.int32),
             rows=counts.cumsum(0) - 1,
@@ -231,7 +233,7 @@ class LearnedDrafter:
             block_table=block_table.to(device), query_lens=torch.ones_like(seq_lens), seq_lens=seq_lens,
             slots=slots.to(device),
         )  # fmt: skip
-        return self.head(embeddings.to(hidden.dtype), hidden, position.to(device), attend, rows)
+        return self.live(embeddings.to(hidden.dtype), hidden, position.to(device), attend, rows)
 
     def _choose(
         self, hidden: torch.Tensor, requests: Sequence[DraftRequest], kinds: Sequence[str], step: int

@@ -3,7 +3,7 @@
 Torch packs them anew at every call: 0.48 ms instead of 0.22 ms for the layers of a head of 4.2 M parameters, one row.
 """
 
-from functools import partial
+import copy
 
 import torch
 from torch import nn
@@ -25,8 +25,11 @@ class PackedLinear(nn.Module):
         return self.cpu_linear(x, self.weight, None)
 
 
-def pack(head: EagleHead) -> None:
-    """Compute with packed copies of the head's weights as they are now; call it again when they were replaced."""
-    for module in head.modules():
-        if type(module) is nn.Linear:
-            module.forward = partial(PackedLinear.forward, PackedLinear(module.weight))
+def packed(head: EagleHead) -> EagleHead:
+    """A copy that computes with packed weights, of the head's as they are now."""
+    copied = copy.deepcopy(head)
+    for module in list(copied.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, PackedLinear(child.weight))
+    return copied
