@@ -38,24 +38,26 @@ NUM_DRAFT_TOKENS = 3
 
 
 class Feed:
-    """Records what drafters of an engine are given at verified positions: (request's row, position) -> inputs."""
+    """Records what drafters of an engine are given at verified positions, and what they made of a request's last one:
+    (request's name, position) -> token, hidden state, output or None."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.inputs: dict[tuple[str, int], tuple[int, torch.Tensor, torch.Tensor]] = {}
+        self.inputs: dict[tuple[str, int], tuple[int, torch.Tensor, torch.Tensor | None]] = {}
         catch_up, forward = LearnedDrafter._catch_up, LearnedDrafter._forward
-        rows: list[str] = []
+        names: list[str] = []
 
         def recording_catch_up(drafter, requests, block_table):
             begins = [drafter._num_cached.get(request.request_id, 0) for request in requests]
             for request, begin in zip(requests, begins, strict=True):
-                rows.extend([request.name] * (request.num_tokens - 1 - begin))
+                names.extend([request.name] * (request.num_tokens - 1 - begin))
             return catch_up(drafter, requests, block_table)
 
-        def recording_forward(drafter, tokens, hidden, position, *args):
-            output = forward(drafter, tokens, hidden, position, *args)
-            for index, name in enumerate(rows):  # empty in passes on the head's own outputs
-                self.inputs[name, int(position[index])] = (int(tokens[index]), hidden[index], output[index])
-            rows.clear()
+        def recording_forward(drafter, tokens, hidden, position, *args, rows=None):
+            output = forward(drafter, tokens, hidden, position, *args, rows=rows)
+            last = {} if rows is None else dict(zip(rows.tolist(), output, strict=True))
+            for index, name in enumerate(names):  # empty in passes on the head's own outputs
+                self.inputs[name, int(position[index])] = (int(tokens[index]), hidden[index], last.get(index))
+            names.clear()
             return output
 
         monkeypatch.setattr(LearnedDrafter, "_catch_up", recording_catch_up)
@@ -82,10 +84,13 @@ def check_feed(feed: Feed, learned: LearnedDrafter, samples: list) -> int:
             torch.testing.assert_close(hidden, states[position], rtol=1e-4, atol=1e-4)
         with torch.no_grad():
             (depth,) = unroll(learned.head, batch, embedding, num_depths=1)
+        num_compared = 0
         for output, start in zip(depth.output, batch.starts.tolist(), strict=True):
-            if (sample.request_id, start) in feed.inputs:
-                expected = feed.inputs[sample.request_id, start][2]
+            *_, expected = feed.inputs.get((sample.request_id, start), (None,))
+            if expected is not None:
+                num_compared += 1
                 torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
+        assert num_compared > 1, "a draft begins at most NUM_DRAFT_TOKENS + 1 positions after the one before"
     return num
 
 
