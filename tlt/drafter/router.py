@@ -205,7 +205,8 @@ class DraftRouter:
             verify_s = np.array(self.prices.verify_s[fixed : fixed + len(free) + 1])
             gain = np.cumsum(np.concatenate([[0.0], worth]))[: len(verify_s)]
             # In a step poorer than the last ones their rate cannot be had: at that price it would draft nothing.
-            rate = min(self.rate, float(((self.num_running + gain) / (verify_s + self.passes_s)).max()))
+            sure = self.num_running + sum(float(one.sum()) for row, one in enumerate(standings) if is_fixed[row])
+            rate = min(self.rate, float(((sure + gain) / (verify_s + self.passes_s)).max()))
             kept = np.bincount(rows[: int((gain - rate * verify_s).argmax())], minlength=len(standings))
             counts = np.where(is_fixed, counts, kept)
         self.num_planned = int(counts.sum())
