@@ -29,21 +29,26 @@ class Calibration:
         self.prior = prior.tolist()  # [kinds][confidence cells]
         self.decided = np.zeros_like(prior).tolist()
         self.stood = np.zeros_like(prior).tolist()
+        self._table: np.ndarray | None = None
+        """Made when it is asked for: several times in an engine step, between whose verifications nothing changes."""
 
     def estimate(self, kinds: np.ndarray, confidences: np.ndarray) -> np.ndarray:
         """Probability that a token stands if those before it do; arrays of one shape."""
         return self.table()[kinds, np.searchsorted(CONFIDENCE_EDGES, confidences, side="right")]
 
     def table(self) -> np.ndarray:
-        """[kinds, confidence cells] estimates."""
-        prior, decided, stood = np.array([self.prior, self.decided, self.stood])
-        return (stood + PRIOR_WEIGHT * prior) / (decided + PRIOR_WEIGHT)
+        """[kinds, confidence cells] estimates, to be read only."""
+        if self._table is None:
+            prior, decided, stood = np.array([self.prior, self.decided, self.stood])
+            self._table = (stood + PRIOR_WEIGHT * prior) / (decided + PRIOR_WEIGHT)
+        return self._table
 
     def observe(self, kinds: Sequence[int], confidences: Sequence[float], num_stood: int) -> float:
         """One verified draft: its first `num_stood` tokens stood, the next did not, the others were not decided on.
 
         Returns how many tokens were expected to stand of those decided on.
         """
+        self._table = None
         expected = 0.0
         for position in range(min(num_stood + 1, len(kinds))):
             kind, cell = kinds[position], bisect_right(EDGES, confidences[position])
@@ -59,10 +64,12 @@ class Calibration:
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on with the counts of a table of the same kinds."""
+        self._table = None
         self.decided, self.stood = ([[*row] for row in state[name]] for name in ("decided", "stood"))
 
     def doubt(self, share: float) -> None:
         """Let what was learned weigh only `share` of what it does: the drafter or the policy has changed."""
+        self._table = None
         for table in (self.decided, self.stood):
             table[:] = [[value * share for value in row] for row in table]
 

@@ -41,7 +41,7 @@ class Curve:
     _medians: dict[int, tuple[float, float, int]] = field(default_factory=dict)
     _changed: set[int] = field(default_factory=set)
     """Bins whose medians are made when they are asked for: most strategies ask for no price."""
-    _points: list[tuple[float, float]] = field(default_factory=list)
+    _points: np.ndarray = field(default_factory=lambda: np.zeros((2, 0)))
 
     def observe(self, size: int, seconds: float) -> None:
         found = bin_of(size)
@@ -57,8 +57,8 @@ class Curve:
         for size, seconds in state["times"]:
             self.observe(size, seconds)
 
-    def _rising_points(self) -> list[tuple[float, float]]:
-        """(mean size, seconds) of each bin, by size."""
+    def _rising_points(self) -> np.ndarray:
+        """[2, bins] mean size and seconds of each bin, by size."""
         if self._changed:
             for changed in self._changed:
                 times = self._bins[changed]
@@ -67,7 +67,7 @@ class Curve:
             self._changed.clear()
             medians = sorted(self._medians.values())
             levels = rising([y for _, y, _ in medians], [count for _, _, count in medians])
-            self._points = [(x, y) for (x, _, _), y in zip(medians, levels, strict=True)]
+            self._points = np.array([[x for x, _, _ in medians], levels])
         return self._points
 
     def seconds(self, size: float) -> float:
@@ -76,10 +76,9 @@ class Curve:
 
     def seconds_of(self, sizes: np.ndarray) -> np.ndarray:
         """[N] of the sizes [N]."""
-        points = self._rising_points()
-        if not points:
+        x, y = self._rising_points()
+        if not len(x):
             return np.zeros(len(sizes))
-        x, y = np.array(points).T
         rises = x[-1] > x[0] and y[-1] > y[0]
         slope = (y[-1] - y[0]) / (x[-1] - x[0]) if rises else y[-1] / (x[-1] + RIDGE_TOKENS)
         return np.interp(sizes, x, y) + slope * np.maximum(sizes - x[-1], 0)
@@ -113,7 +112,7 @@ class Prices:
     row_s: Mapping[str, float]
     """One more row in such a pass."""
     verify_s: tuple[float, ...] = ()
-    """[N + 1] of a step that verifies 0 to N draft tokens in all; empty: `step_s` and `token_s` for each."""
+    """[N + 1] of a step that verifies 0 to N draft tokens in all; empty where no one measured: then nothing is cut."""
     rate: float | None = None
     """Tokens a second that steps of so many requests came to lately; None while too few were seen."""
 
