@@ -193,17 +193,13 @@ class DraftRouter:
         verifying so many. `standings` [K] of each draft are `standing`; a fixed one is verified whole."""
         counts = np.array([len(one) for one in standings])
         if not self.is_probe and self.prices.verify_s and self.prices.step_s > 0:
-            free = [
-                (one[index], row)
-                for row, one in enumerate(standings)
-                if not is_fixed[row]
-                for index in range(len(one))
-            ]
-            free.sort(key=lambda pair: -pair[0])  # stable: tokens of a draft stay in order
-            worth, rows = np.array([one for one, _ in free]), np.array([row for _, row in free], dtype=int)
-            fixed = int(counts[np.array(is_fixed, dtype=bool)].sum())
-            verify_s = np.array(self.prices.verify_s[fixed : fixed + len(free) + 1])
-            gain = np.cumsum(np.concatenate([[0.0], worth]))[: len(verify_s)]
+            free = [row for row in range(len(standings)) if not is_fixed[row]]
+            worth = np.concatenate([np.zeros(0), *(standings[row] for row in free)])
+            order = np.argsort(-worth, kind="stable")  # stable: tokens of a draft stay in order
+            rows = np.repeat(free, counts[free])[order] if free else np.zeros(0, dtype=int)
+            fixed = int(counts.sum()) - len(worth)
+            verify_s = np.array(self.prices.verify_s[fixed : fixed + len(worth) + 1])
+            gain = np.cumsum(np.concatenate([[0.0], worth[order]]))[: len(verify_s)]
             # In a step poorer than the last ones their rate cannot be had: at that price it would draft nothing.
             sure = self.num_running + sum(float(one.sum()) for row, one in enumerate(standings) if is_fixed[row])
             rate = min(self.rate, float(((sure + gain) / (verify_s + self.passes_s)).max()))
@@ -216,9 +212,8 @@ class DraftRouter:
         self, drafter: str, *, request: str, group: str, is_random: bool, match_length: int, confidences: np.ndarray
     ) -> np.ndarray:
         """[K] probability that each token of a draft and all before it stand."""
-        steps = np.arange(len(confidences))
-        kinds = match_kinds(match_length + steps) if drafter == SUFFIX else np.minimum(steps, NUM_DEPTHS - 1)
-        stands = self.calibrations[drafter, is_random].estimate(kinds, confidences)
+        kinds = token_kinds(drafter, match_length, len(confidences))
+        stands = self.calibrations[drafter, is_random].estimate(np.array(kinds, dtype=int), confidences)
         return np.cumprod(trusted(stands, self.factor(drafter, request, group)))
 
     def _assignments(
@@ -346,11 +341,8 @@ class DraftRouter:
         calibration = self.calibrations.get((drafter, is_random))
         if calibration is None or not len(confidences):
             return
-        steps = range(min(num_stood + 1, len(confidences)))
-        if drafter == SUFFIX:
-            kinds = [bisect_right(MATCHES, match_length + step) for step in steps]
-        else:
-            kinds = [min(step, NUM_DEPTHS - 1) for step in steps]
+        kinds = token_kinds(drafter, match_length, min(num_stood + 1, len(confidences)))
+        if drafter != SUFFIX:
             self.depth_rates[drafter, is_random].observe(kinds, [0.0] * len(kinds), num_stood)
         expected = calibration.observe(kinds, confidences.tolist(), num_stood)
         for table, name in self._levels(request, group):
@@ -381,6 +373,13 @@ def paying_depth(worth: np.ndarray, num: np.ndarray, price: float, pass_price: f
     net = np.cumsum(((worth[:, :deepest] - price) * wants).sum(0) - pass_price)
     depth = int(net.argmax()) + 1
     return depth if net[depth - 1] > given_up[num > 0].sum() else 0
+
+
+def token_kinds(drafter: str, match_length: int, count: int) -> list[int]:
+    """Kinds of one draft's first tokens: of the suffix drafter by how many tokens before them match, else by depth."""
+    if drafter == SUFFIX:
+        return [bisect_right(MATCHES, match_length + step) for step in range(count)]
+    return [min(step, NUM_DEPTHS - 1) for step in range(count)]
 
 
 def match_kinds(match_lengths: np.ndarray) -> np.ndarray:
