@@ -82,7 +82,7 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, out: Path) -
         engine.close()
         return
     plain, noise = torch.load(out, weights_only=False)
-    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:6", drafter=(str(head),)), **limits)
+    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:6", drafter=(str(head), str(head))), **limits)
     names = ("eagle:4", "prompt_lookup:6", "adaptive:8", "eagle:1", "prompt_lookup:2", "suffix:6")
     choices = [OFF, *(parse_strategy(name, "t") for name in names)]
     policies = {
