@@ -114,7 +114,7 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
     store = dist.PrefixStore(case, dist.distributed_c10d._get_default_store())
     spot = SpotTraining(
         learner, engine, TimedBoard(store, rank=rank, world_size=world_size), world,
-        config=SpotConfig(max_age=9), is_stopped=lambda: stopped["now"], trace=NoTrace(),
+        config=SpotConfig(max_age=9, compare_first="on"), is_stopped=lambda: stopped["now"], trace=NoTrace(),
     )  # fmt: skip
     for rollout in range(3):
         dist.barrier()
@@ -137,6 +137,7 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
             assert steps[world_size - 1] == 0, "the last rank has no tail"
             assert metrics["spot/published"] == 1
             assert engine.drafter_version == rollout + 1
+            assert metrics["spot/first_score"] == 0 < metrics["spot/candidate_score"]
             assert metrics["spot/steps"] == (sum(steps) if case != "fails" else sum(steps[1:]))
         if case in ("idle", "slow"):
             assert all(count >= 1 for count in steps[:-1]), steps

@@ -26,6 +26,10 @@ class SpotConfig:
     """Share of the tokens of a verification that a training must gain, measured over the last ones, for idle ranks to
     train at every chance; below it they train every 2 to 8 policy versions, as fast as the head gets stale."""
 
+    compare_first: Literal["off", "on"] = "off"
+    """Judge the head of --spec-drafter too, which nothing trains: `spot/first_score`, for half as much again of the
+    judging's time."""
+
     def __post_init__(self):
         require(self.lr > 0, "--spot-lr", self.lr, "above 0")
         require(self.max_age >= 0, "--spot-max-age", self.max_age, "at least 0")

@@ -83,6 +83,8 @@ class SpotTraining:
         self.meeting_s = 0.0
         """Seconds of the last meeting that averaged."""
         self.begin_s = 0.0
+        self.first = engine.drafter_tensors() if config.compare_first == "on" else None
+        """Weights of the head that the run was given."""
 
     def begin(self) -> None:
         """A rollout of the world begins."""
@@ -186,6 +188,9 @@ class SpotTraining:
             return {}
         version = self.engine.policy_version
         metrics = self.gains.count(judged, policy_version=version, cost_frac=cost_frac)
+        if self.first is not None:
+            first = judgement(self.parallel.sum(judgement_sums(self.learner.scores(judges, live=self.first))))
+            metrics["spot/first_score"] = first.live
         if train_s > 0:
             metrics["spot/gain_per_idle_s"] = judged.gain / train_s
         if judged.gain > 0:
