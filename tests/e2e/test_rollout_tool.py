@@ -219,3 +219,26 @@ def test_idle_ranks_train_the_drafter_and_the_run_is_the_same(model, head, tmp_p
     assert f"the drafter goes on as version {version}" in output, output[-3000:]
     assert records(save)[3]["spec/drafter_version"] == version
     assert "speculation goes on with what it learned under --spec-strategy eagle:3" in output, output[-3000:]
+
+
+def test_the_spot_benchmark_compares_training_with_none_and_with_a_bystander(model, head, tmp_path):
+    setting = flags(
+        model, tmp_path / "run", eval_num_prompts=0, rollout_max_response_tokens=60, spec_drafter=head,
+        spec_strategy="eagle:3", spec_hidden_states_mib=16, rl_prompts_per_iteration=2, drafter_starts_per_step=32,
+        spot_training="on",
+    )  # fmt: skip
+    run_forked("tools.bench_spot", [*setting, "--repetitions", "3", "--json", tmp_path / "rows.json"], timeout_s=280)
+    found = json.loads((tmp_path / "rows.json").read_text())
+    rows = {row["mode"]: row for row in found["rows"]}
+    assert list(rows) == ["off", "on", "bystander"]
+    assert {row["repetitions"] for row in rows.values()} == {3}
+    assert rows["on"]["trained"] >= 1
+    assert "trained" not in rows["off"]
+    assert "trained" not in rows["bystander"]
+    assert 0 < rows["on"]["idle_used_frac_of_sums"] <= 1
+    pairs = [
+        on["seconds"] / off["seconds"] for on, off in zip(found["records"]["on"], found["records"]["off"], strict=True)
+    ]  # fmt: skip
+    assert rows["on"]["collect_vs_off"] == sorted(pairs)[1]
+    assert all(one["num_forced"] == 0 for records in found["records"].values() for one in records), "the same text"
+    assert all(one["spec/drafter_version"] == 0 for records in found["records"].values() for one in records)

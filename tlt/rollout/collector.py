@@ -174,9 +174,11 @@ def tail_metrics(reports: Sequence[ReplicaReport], *, end_s: float, idle_s: floa
     if not expected_s and not any(tail.num_steps or tail.has_failed for tail in tails):
         return {}
     late_s = [max(tail.back_s - end_s, 0.0) for tail in tails if tail.num_steps]
+    # What a rank trained after the world's last response was not idle time.
+    used_s = sum(max(tail.train_s - max(tail.back_s - end_s, 0.0), 0.0) for tail in tails)
     return {
         "spot/train_s": sum(tail.train_s for tail in tails),
-        "spot/idle_rank_s_used_frac": sum(tail.train_s for tail in tails) / idle_s if idle_s > 0 else 0.0,
+        "spot/idle_rank_s_used_frac": used_s / idle_s if idle_s > 0 else 0.0,
         "spot/ranks_trained": float(sum(tail.num_steps > 0 for tail in tails)),
         "spot/ranks_too_late": float(sum(tail.was_too_short for tail in tails)),
         **({"spot/expected_tail_s": max(expected_s)} if expected_s else {}),

@@ -1,0 +1,287 @@
+"""What training in the tail costs a rollout: off, on, and beside a bystander that owes the rollout nothing.
+
+torchrun --nproc_per_node 2 tools/bench_spot.py <flags of pretrain_rl.py with --spot-training on> --repetitions 12
+
+The components are those of a run with these flags; the policy is not updated. Each repetition rolls out other prompts,
+the same ones with the same seeds in each mode, in an order that rotates; all modes write the tokens of the first one.
+`off`: idle ranks wait, no hidden state is kept. `on`: idle ranks train, ranks meet, average and judge. `bystander`: a
+process of its own on the idle rank's core trains the same head on the same kind of samples until the rollout's end,
+and neither is asked nor waited for: what the rollout loses to it, it loses to the machine's shared memory and cores.
+The head that drafts stays the same in all modes, so that what training gains is not mixed in: weights are judged and
+then not loaded.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
+from tools.replay_text import Replay  # noqa: E402
+
+MODES = ("off", "on", "bystander")
+WARM_UP = 2
+"""Repetitions before those that count: kernels compile, prices and lengths become known."""
+LOOK_S = 0.02
+"""Seconds between two looks at the board of a rank that waits beside its bystander."""
+
+
+def own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(of this tool, those of pretrain_rl.py)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--repetitions", type=int, default=12, help=f"default: 12; {WARM_UP} more go uncounted")
+    parser.add_argument("--modes", default=",".join(MODES), help=f"comma-separated, off first (default: {MODES})")
+    parser.add_argument("--json", type=Path, help="file to write")
+    return parser.parse_known_args(argv)
+
+
+class Bystander:
+    """Tail work that hands this rank's core to another process until the world's rollout ends."""
+
+    def __init__(self, board, learner_state: dict):
+        context = multiprocessing.get_context("spawn")
+        self.board = board
+        self.go = context.Event()
+        self.inbox = context.Queue()
+        self.process = context.Process(target=train_along, args=(learner_state, self.inbox, self.go), daemon=True)
+        self.process.start()
+
+    def prepare(self, samples: list) -> None:
+        """Train on these from now on; not timed."""
+        self.inbox.put(pickle.dumps(samples))  # plain bytes: shared tensors would keep a file each
+        while not self.inbox.empty():
+            time.sleep(LOOK_S)
+
+    def begin(self) -> None:
+        self.board.begin()
+
+    def use_tail(self):
+        from tlt.types import TailReport
+
+        self.board.ended()
+        self.go.set()
+        while not self.board.all_ended():
+            time.sleep(LOOK_S)
+        self.go.clear()
+        return TailReport()
+
+    def publish(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        self.inbox.put(None)
+        self.process.join()
+
+
+def train_along(learner_state: dict, inbox, go) -> None:
+    """A process that trains while `go` is set, on what it was last given."""
+    import torch
+
+    torch.set_num_threads(1)
+    from tlt.drafter.learner import HeadLearner
+
+    target = learner_state.pop("target")
+    learner = HeadLearner(**learner_state, target=lambda: target)
+    samples: list = []
+    while True:
+        while not inbox.empty():
+            message = inbox.get()
+            if message is None:
+                return
+            samples = pickle.loads(message)
+        if samples and go.wait(timeout=LOOK_S):
+            learner.train(samples, should_stop=lambda: not go.is_set(), on_step=lambda: None)
+        else:
+            time.sleep(LOOK_S)
+
+
+def prepare_bench(run) -> dict:
+    """Tail work by mode, of a run built with training on: always due, and its head drafts on as it is."""
+    import copy
+    from dataclasses import replace
+
+    from tlt.spot.opportunity import GainRecord
+    from tlt.spot.training import NoSpotTraining
+
+    class AlwaysDue(GainRecord):
+        def is_due(self, policy_version: int) -> bool:
+            return True
+
+    spot, engine, config = run.rollouts.tail, run.rollout_engine, run.config
+    spot.gains = AlwaysDue(min_gain_frac=config.spot.min_gain)
+    embedding, output_weight = engine.drafter_target()
+    bystander = Bystander(
+        spot.board,
+        {
+            "head": copy.deepcopy(engine.speculation.learned.head).cpu(),
+            "config": replace(config.drafter, lr=config.spot.lr, min_lr_frac=1.0),
+            "target": (embedding.detach().clone(), output_weight.detach().clone()),
+            "temperature": config.rollout.temperature,
+            "seed": config.training.seed + run.parallel.rank,
+        },
+    )
+    engine.load_drafter = lambda tensors, *, drafter_version: None
+    return {"off": NoSpotTraining(), "on": spot, "bystander": bystander}
+
+
+class Buffers:
+    """The engine's buffer of hidden states, open only where a mode trains on it."""
+
+    def __init__(self, speculation):
+        from tlt.drafter.buffer import HiddenStateBuffer
+
+        self.speculation = speculation
+        self.open, self.closed = speculation.buffer, HiddenStateBuffer(0)
+
+    def set(self, *, is_open: bool) -> None:
+        self.speculation.buffer = self.open if is_open else self.closed
+
+
+def measure(run, args) -> dict[str, list[dict]]:
+    """Records of each mode's counted rollouts, equal on all ranks but for the clock."""
+    import torch.distributed as dist
+
+    from tlt.drafter.history import SuffixHistory
+    from tlt.rollout.outlook import NoOutlook
+    from tlt.types import rollout_name
+
+    modes = args.modes.split(",")
+    tails, buffers, replay = prepare_bench(run), Buffers(run.rollout_engine.speculation), Replay(run.rollout_engine)
+    outlook = run.rollout_engine.outlook
+    found: dict[str, list[dict]] = {mode: [] for mode in modes}
+    for repetition in range(-WARM_UP, args.repetitions):
+        prompts = run.prompts.next_batch(run.config.rl.prompts_per_iteration)
+        replay.texts = {}
+        # Lengths become known in the warm-up; after it no mode's texts help the next one's.
+        for index in range(len(modes)):
+            mode = modes[(index + repetition) % len(modes)]
+            run.rollouts.tail = tails[mode]
+            run.rollout_engine.outlook = outlook if mode == "on" else NoOutlook()
+            buffers.set(is_open=mode != "off")
+            if mode == "bystander":
+                tails[mode].prepare(run.rollout_engine.training_samples(seed=repetition))
+            is_remembered = repetition < 0 and index == len(modes) - 1
+            run.rollouts.history = run.rollout_engine.history if is_remembered else SuffixHistory(0)
+            dist.barrier()
+            begin_s = time.perf_counter()
+            groups, metrics = run.rollouts.collect(
+                prompts, run.sampling, group_size=run.config.rl.group_size, seed=1000 + repetition
+            )
+            seconds = time.perf_counter() - begin_s
+            if not replay.texts:
+                replay.texts = {
+                    rollout_name(group.prompt.prompt_id, number): rollout.token_ids
+                    for group in groups
+                    for number, rollout in enumerate(group.rollouts)
+                }
+            counts = replay.take_counts()
+            if run.parallel.rank == 0:
+                print(f"repetition {repetition} {mode}: {seconds:.2f} s", file=sys.stderr, flush=True)
+            if repetition >= 0:
+                found[mode].append(metrics | {"seconds": seconds, "num_forced": counts["num_forced"]})
+    tails["bystander"].close()
+    return found
+
+
+def percentile(values: list[float], share: float) -> float:
+    import numpy as np
+
+    return float(np.quantile(values, share))
+
+
+def rows(found: dict[str, list[dict]]) -> list[dict]:
+    """One for each mode; ratios are medians of pairs, above 1 is slower."""
+    result = []
+    for mode, records in found.items():
+        row = {"mode": mode, "repetitions": len(records)}
+        for key, name in (("seconds", "collect"), ("rollout/duration_s", "rollout")):
+            times = [record[key] for record in records]
+            row[f"{name}_median_s"] = statistics.median(times)
+            for other in ("off", "bystander"):
+                ratios = [time_s / base[key] for time_s, base in zip(times, found.get(other, ()), strict=False)]
+                if ratios and other != mode:
+                    row[f"{name}_vs_{other}"] = statistics.median(ratios)
+                    row[f"{name}_vs_{other}_of_sums"] = sum(times) / sum(one[key] for one in found[other])
+                    row[f"{name}_vs_{other}_min_max"] = [min(ratios), max(ratios)]
+        row["idle_frac"] = statistics.median(record["rollout/idle_frac"] for record in records)
+        row["acceptance_length"] = statistics.median(record["spec/acceptance_length"] for record in records)
+        trained = [record for record in records if record.get("spot/steps", 0) > 0]
+        if trained:
+            row["trained"] = len(trained)
+            # Shares of rank time; all rollouts have the same number of ranks.
+            idle_s = [one["rollout/idle_frac"] * one["rollout/duration_s"] for one in records]
+            used_s = [
+                one.get("spot/idle_rank_s_used_frac", 0.0) * each for one, each in zip(records, idle_s, strict=True)
+            ]  # fmt: skip
+            row["idle_used_frac_of_sums"] = sum(used_s) / sum(idle_s)
+            late_ms = [1e3 * one["spot/preemption_s_max"] for one in trained]
+            row |= {"preemption_p50_ms": percentile(late_ms, 0.5), "preemption_p99_ms": percentile(late_ms, 0.99)}
+        result.append(row)
+    return result
+
+
+def table(all_rows: list[dict]) -> str:
+    """Markdown, a line for each figure and a column for each mode."""
+    names = list(dict.fromkeys(name for row in all_rows for name in row if name != "mode"))
+    lines = ["| | " + " | ".join(row["mode"] for row in all_rows) + " |", "|---" * (len(all_rows) + 1) + "|"]
+    for name in names:
+        cells = [row.get(name, "-") for row in all_rows]
+        cells = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        cells = [" to ".join(f"{end:.3f}" for end in row[name]) if isinstance(row.get(name), list) else cell
+                 for row, cell in zip(all_rows, cells, strict=True)]  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    args, rest = own_arguments(argv)
+    from tlt.config import RunConfig
+    from tlt.launch import prepare
+
+    def read_inputs(config: RunConfig, world_size: int):
+        modes = args.modes.split(",")
+        if not set(modes) <= set(MODES):
+            raise ValueError(f"--modes must be some of {MODES}, got {args.modes!r}")
+        if config.spot.training != "on":
+            raise ValueError("--spot-training must be on, got off: it is what is measured")
+        from tlt.rollout.vllm.engine import set_engine_environment
+
+        set_engine_environment(config.rollout)
+        from tlt.build import Inputs
+
+        return Inputs(config, world_size=world_size)
+
+    prepared = prepare(
+        rest, program="tools/bench_spot.py", description=__doc__, config_class=RunConfig, read_inputs=read_inputs
+    )
+    if isinstance(prepared, int):
+        return prepared
+    from tlt.build import build, close
+    from tlt.provenance import git_commit
+
+    run = build(*prepared)
+    run.weight_sync.push(policy_version=0)
+    found = measure(run, args)
+    if run.parallel.rank == 0:
+        result = rows(found)
+        print(table(result))
+        if args.json:
+            about = {
+                "commit": git_commit(), "command": argv, "machine": platform.machine(), "cpus": os.cpu_count(),
+                "ranks": run.parallel.world_size,
+            }  # fmt: skip
+            args.json.write_text(json.dumps({"about": about, "rows": result, "records": found}, indent=1) + "\n")
+    close(run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
