@@ -45,6 +45,7 @@ from tlt.rollout.groups import GroupSampler
 from tlt.rollout.handover import HandoverBoard
 from tlt.rollout.log import RolloutLog
 from tlt.rollout.outlook import NoOutlook, Outlook
+from tlt.rollout.vllm.cost_profile import asks_prices, measure_costs
 from tlt.rollout.vllm.engine import VLLMRolloutEngine, parse_engine_args
 from tlt.rollout.vllm.learned_drafter import shapes
 from tlt.rollout.vllm.speculation import LEARNED, read_spec_plan
@@ -180,7 +181,11 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
     board = TailBoard(store, rank=parallel.rank, world_size=parallel.world_size)
     with trace.span("build_engine"):
         engine = build_engine(config, inputs, interrupt, history, board)
-        engine.sleep()
+    learned = read_speculation(inputs.checkpoint) if inputs.checkpoint is not None else {}
+    if config.spec.startup_profile == "on" and not learned and asks_prices(inputs.spec.policy):
+        with trace.span("startup_profile"):
+            measure_costs(engine, temperature=config.rollout.temperature, seed=config.training.seed)
+    engine.sleep()
     with trace.span("build_policy"):
         trainer = build_policy_trainer(
             inputs.hf_config, config.model, config.optimizer, parallel, objective=PolicyObjective(config.rl),
@@ -192,8 +197,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
 
     tail = build_tail_work(config, engine, parallel, board, interrupt=interrupt, trace=trace)
     tail.load_state_dict(inputs.tail_state)
-    if inputs.checkpoint is not None:  # after the head, whose loading casts doubt on what was learned of another one
-        engine.speculation.load_state_dict(read_speculation(inputs.checkpoint))
+    engine.speculation.load_state_dict(learned)  # after the head, whose loading casts doubt on what is known of heads
     rollouts = RolloutCollector(
         engine, rewards, parallel, history=history, tail=tail, interrupt=interrupt, trace=trace
     )

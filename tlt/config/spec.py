@@ -36,6 +36,10 @@ class SpecConfig:
     """MiB of host memory on each rank for hidden states of finished responses, the drafter's training data; 0 keeps
     none."""
 
+    startup_profile: Literal["on", "off"] = "on"
+    """Where a strategy weighs what engine steps cost (`adaptive`, `cost-model`), time some of each size before a run's
+    first rollout: a few seconds. A resumed run goes on with the prices that it has."""
+
     def __post_init__(self):
         require(
             self.max_running_requests is None or self.max_running_requests >= 1,

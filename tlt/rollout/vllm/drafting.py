@@ -75,7 +75,7 @@ class Drafting:
     """Proposes after each engine step what `strategy` says; installed over a runner whose spec method is custom."""
 
     def __init__(
-        self, runner: Any, scheduler: Any, *, drafters: Mapping[str, EngineDrafter], ledger: DraftLedger, pool: Any,
+        self, runner: Any, scheduler: Any, *, drafters: dict[str, EngineDrafter], ledger: DraftLedger, pool: Any,
         agree: Agree, max_draft_tokens: int,
     ):  # fmt: skip
         self.runner = runner
