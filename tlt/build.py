@@ -105,10 +105,13 @@ class Inputs:
         )  # fmt: skip
         self.checkpoint = find_checkpoint(config)
         self.tail_state: dict = {}
+        self.learned: dict = {}
+        """Of speculation, by the run that is resumed."""
         self.state = RunState(fingerprint=fingerprint(config), prompt_stream=self.prompts.state_dict())
         if self.checkpoint is not None:
             self.state = read_state(self.checkpoint, fingerprint(config))
             self.prompts.load_state_dict(self.state.prompt_stream)
+            self.learned = read_speculation(self.checkpoint)
             if config.spot.training == "on":
                 self.tail_state = read_tail_state(self.checkpoint)
                 check_saved_head(self.tail_state, self.spec.heads, load=config.training.load)
@@ -181,11 +184,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
     board = TailBoard(store, rank=parallel.rank, world_size=parallel.world_size)
     with trace.span("build_engine"):
         engine = build_engine(config, inputs, interrupt, history, board)
-    learned = read_speculation(inputs.checkpoint) if inputs.checkpoint is not None else {}
-    if config.spec.startup_profile == "on" and not learned and asks_prices(inputs.spec.policy):
-        with trace.span("startup_profile"):
-            measure_costs(engine, temperature=config.rollout.temperature, seed=config.training.seed)
-    engine.sleep()
+        engine.sleep()
     with trace.span("build_policy"):
         trainer = build_policy_trainer(
             inputs.hf_config, config.model, config.optimizer, parallel, objective=PolicyObjective(config.rl),
@@ -197,7 +196,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
 
     tail = build_tail_work(config, engine, parallel, board, interrupt=interrupt, trace=trace)
     tail.load_state_dict(inputs.tail_state)
-    engine.speculation.load_state_dict(learned)  # after the head, whose loading casts doubt on what is known of heads
+    engine.speculation.load_state_dict(inputs.learned)  # after the head, whose loading casts doubt on what it is worth
     rollouts = RolloutCollector(
         engine, rewards, parallel, history=history, tail=tail, interrupt=interrupt, trace=trace
     )
@@ -287,7 +286,7 @@ def build_engine(
         size = config.rollout.tensor_parallel_size
         handover = HandoverBoard(board.store, replica=board.rank // size, num_replicas=board.world_size // size)
         consolidation = Consolidation(handover, outlook, is_replica_leader=board.rank % size == 0)
-    return VLLMRolloutEngine(
+    engine = VLLMRolloutEngine(
         config.rollout,
         hf_model=config.model.hf_model,
         dtype="bfloat16" if config.model.bf16 else "float32",
@@ -300,6 +299,9 @@ def build_engine(
         outlook=outlook,
         consolidation=consolidation,
     )
+    if config.spec.startup_profile == "on" and not inputs.learned and asks_prices(inputs.spec.policy):
+        measure_costs(engine, temperature=config.rollout.temperature, seed=config.training.seed)
+    return engine
 
 
 def build_tail_work(

@@ -2,7 +2,7 @@
 
 A few short responses to a meaningless prompt, in batches of several sizes, with drafts of several lengths that cost
 nothing to make and do not stand: so steps of many numbers of verified tokens are timed in seconds, and a policy that
-weighs prices has them from its first step on. What drafts are worth is not learned here: such text says nothing about it.
+weighs prices has them from its first step on. What drafts are worth is not learned: such text says nothing about it.
 """
 
 import logging
