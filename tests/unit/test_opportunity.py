@@ -10,7 +10,7 @@ from tests.unit.test_spot import Alone, Counters, Engine, Watched
 from tlt.config import SpotConfig
 from tlt.spot.board import TailBoard
 from tlt.spot.judgement import Judgement, judgement, judgement_sums
-from tlt.spot.opportunity import MAX_INTERVAL, MIN_INTERVAL, SESSIONS, GainRecord, SwitchCost
+from tlt.spot.opportunity import LASTING, MAX_INTERVAL, MIN_INTERVAL, SESSIONS, GainRecord, SwitchCost
 from tlt.spot.training import SpotTraining
 from tlt.trace import NoTrace
 
@@ -69,8 +69,8 @@ def test_a_gain_must_exceed_its_error_and_its_price():
     assert record_of([0.02] * SESSIONS).is_due(SESSIONS)
     assert not record_of([0.02] * SESSIONS, error=0.05).is_due(SESSIONS), "0.02 against 0.05 / sqrt(3)"
     assert record_of([0.02] * SESSIONS, error=0.03).is_due(SESSIONS)
-    assert not record_of([0.02] * SESSIONS, cost_frac=0.011).is_due(SESSIONS), "1 % of a rollout does not pay 1.1 %"
-    assert record_of([0.02] * SESSIONS, cost_frac=0.009).is_due(SESSIONS)
+    assert not record_of([0.02] * SESSIONS, cost_frac=LASTING * 0.011).is_due(SESSIONS), "1 % does not pay 1.1 %"
+    assert record_of([0.02] * SESSIONS, cost_frac=LASTING * 0.009).is_due(SESSIONS)
     assert record_of([0.0] * 9, error=math.inf).is_due(9), "one response tells nothing: it is no reason to skip"
 
 
@@ -93,7 +93,7 @@ def test_a_head_that_has_learned_its_policy_is_left_alone_until_the_policy_moves
         if record.is_due(version):
             gain = (1.5 - live) / 2
             found = judged(live, gain, error=0.002)
-            record.count(found, policy_version=version, cost_frac=0.001)
+            record.count(found, policy_version=version, cost_frac=LASTING * 0.001)
             record.published(found, policy_version=version)
             live += gain
             trained.append(version)

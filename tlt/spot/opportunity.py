@@ -14,6 +14,8 @@ SESSIONS = 3
 """Trainings that are judged before one is skipped, and over which gains are averaged."""
 MIN_INTERVAL, MAX_INTERVAL = 2, 8
 """Policy versions between two trainings while none pays, at least and at most: the policy moves."""
+LASTING = 8
+"""Rollouts that a gain is counted for: the later ones have it too, while the policy moves away from what was learned."""
 SWITCHES = 5
 """Last switches that the median is taken of."""
 
@@ -67,9 +69,9 @@ class GainRecord:
 
     @property
     def needed_frac(self) -> float:
-        """Gain that pays for a training: rollouts that are shorter by this share make good what the ranks' meeting
-        takes longer."""
-        return max([self.min_gain_frac, *(session.cost_frac for session in self.sessions)])
+        """Gain that pays for a training: so many rollouts, shorter by this share each, make good what the ranks'
+        meeting took."""
+        return max([self.min_gain_frac, *(session.cost_frac / LASTING for session in self.sessions)])
 
     @property
     def is_measurable(self) -> bool:
