@@ -15,7 +15,7 @@ SESSIONS = 3
 MIN_INTERVAL, MAX_INTERVAL = 2, 8
 """Policy versions between two trainings while none pays, at least and at most: the policy moves."""
 LASTING = 8
-"""Rollouts that a gain is counted for: the later ones have it too, while the policy moves away from what was learned."""
+"""Rollouts that a gain is counted for: later ones have it too, while the policy moves away from what was learned."""
 SWITCHES = 5
 """Last switches that the median is taken of."""
 
