@@ -12,6 +12,8 @@ from tlt.simulation.step_table import StepTable
 
 SPEED_UP_BY_BATCH = {1: 3.62, 2: 3.39, 4: 3.13, 8: 2.73, 16: 2.67, 32: 2.48}
 """Table 4, the best strategy of each batch size: Qwen2.5-32B, TP 4, H100, depth 10."""
+SHARE_BY_MODEL = {"7B": 2.61 / 3.62, "32B": 1.0}
+"""Of these that another model gets: table 2 has 2.61 for Qwen2.5-7B at batch 1 on an H100."""
 THRESHOLD = 32
 """Running requests of an engine above which it does not speculate."""
 
@@ -34,9 +36,10 @@ REPORTED = (
 )  # fmt: skip
 
 
-def tlt_table(plain: StepTable) -> StepTable:
+def tlt_table(plain: StepTable, model: str) -> StepTable:
     """TLT's engine: as many tokens in a plain step's time as its table says, linear in the logarithm of the batch."""
-    sizes, speed_ups = list(SPEED_UP_BY_BATCH), list(SPEED_UP_BY_BATCH.values())
+    sizes = list(SPEED_UP_BY_BATCH)
+    speed_ups = [max(SHARE_BY_MODEL[model] * speed_up, 1.0) for speed_up in SPEED_UP_BY_BATCH.values()]
     at = np.arange(1, plain.max_running + 1)
     tokens = np.where(at <= THRESHOLD, np.interp(np.log(at), np.log(sizes), speed_ups), 1.0)
     names = tuple("tree" if size <= THRESHOLD else "off" for size in at)

@@ -85,7 +85,7 @@ def row(reported: Reported, sweep: Sweep, costs: Costs, ours: Ours) -> dict:
         return step_table(engine, ours.strategy, "--strategies", share=share)
 
     plain_s, _, tokens = run(lambda share: plain)
-    tree_s, _, _ = run(lambda share: tlt_table(plain))
+    tree_s, _, _ = run(lambda share: tlt_table(plain, reported.model))
     head_s, _, _ = run(lambda share: our_table(1.0))
     full_s, meetings, _ = run(our_table, training=True, consolidation="on", switch_s=2.0)
     rest_s = costs.update_s(tokens, num_gpus) + sweep.iterations * assumptions.other_s

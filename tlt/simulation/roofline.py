@@ -69,9 +69,9 @@ MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Assumptions. `host_s` and `memory` were chosen so that a 7B model at batch 1 gives what TLT's table 2 reports
-    without speculation (H100 6.1 ms a token), `pass_s` after the slope over depths of its figure 13, both second-hand;
-    the rest is what such systems commonly reach."""
+    """Assumptions. `memory` and `host_s` were chosen so that a 7B model at batch 1 takes what TLT's table 2 reports
+    without speculation (164.65 tokens a second on an H100, second-hand: 6.07 ms); the rest is what such systems
+    commonly reach."""
 
     memory: float = 0.85
     """Share of the data sheet's bandwidth."""
@@ -84,7 +84,8 @@ class Efficiency:
     all_reduce_s: float = 10e-6
     """Each of the two all-reduces of a layer under tensor parallelism."""
     pass_s: float = 0.5e-3
-    """Of a drafter's pass, beside its weights."""
+    """Of a drafter's pass, beside its weights. The slope over depths of TLT's figure 13 (32B, TP 4, second-hand) gives
+    0.25 ms; as much again stands for the host's work around drafts."""
 
 
 @dataclass(frozen=True, kw_only=True)
