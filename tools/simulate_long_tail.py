@@ -1,4 +1,4 @@
-"""RL iterations on 8 to 1,024 ranks, simulated: how long a rollout takes, who idles in its tail, what speculation saves.
+"""RL iterations on 8 to 1,024 ranks, simulated: how long a rollout takes, who idles in its tail, what helps.
 
 tools/simulate_long_tail.py --out PREFIX [--ranks 8 64 1024] [--strategies off eagle:4 adaptive:8] ...
 tools/simulate_long_tail.py --out PREFIX --paper       TLT's table 3 and our design beside it
@@ -83,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
                      "update of the policy takes (default: 0.02)")  # fmt: skip
     run.add_argument("--recovery-rank-s", type=float, default=200.0, help="assumed: rank seconds of training that "
                      "bring back all but 1/e of it (default: 200)")  # fmt: skip
-    run.add_argument("--meeting-s", type=float, default=1.0, help="assumed: averaging, judging and loading (default: 1)")
+    run.add_argument(
+        "--meeting-s", type=float, default=1.0, help="assumed: averaging, judging and loading (default: 1)"
+    )
     return found
 
 
@@ -174,7 +176,9 @@ def run_validation(args: argparse.Namespace) -> None:
             "drawn_rollout_s": one.drawn_rollout_s,
         } for one in found.comparisons
     ]  # fmt: skip
-    errors = {name: getattr(found, name) for name in ("rollout_error", "iteration_error", "total_error", "drawn_error")}
+    errors = {
+        name: getattr(found, name) for name in ("rollout_error", "iteration_error", "total_error", "drawn_error")
+    }
     write(args, rows, text, strategy=run.strategy, **errors)
     picture.draw_validation(Path(f"{args.out}.png"), found)
 

@@ -16,7 +16,7 @@ from tlt.simulation.moves import KnownLengths, Moves, NoMoves
 from tlt.simulation.paper import tlt_table
 from tlt.simulation.replica import Replica, Request
 from tlt.simulation.rollout import NoTraining, TailTraining, roll_out
-from tlt.simulation.roofline import Efficiency, gpu_model, roofline
+from tlt.simulation.roofline import Efficiency, roofline
 from tlt.simulation.run import Setting, Workload, simulate
 from tlt.simulation.step_table import Engine, StepTable, interpolated, step_table, table_sizes
 from tlt.spec.step_model import DrafterModel, Line, StepModel

@@ -1,4 +1,4 @@
-"""Where the simulator's costs come from: a named GPU's roofline, a recording of real rollouts, or a run's checkpoint."""
+"""Where the simulator's costs come from: a named GPU's roofline, a recording of rollouts, or a run's checkpoint."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -71,5 +71,3 @@ def stood_by_depth(depths: Calibration) -> tuple[float, ...]:
     """Share of the tokens that stood of those decided on, at each depth that was reached; (0,) where none was."""
     decided, stood = (np.array(table).sum(1) for table in (depths.decided, depths.stood))
     return tuple((stood[decided > 0] / decided[decided > 0]).tolist()) or (0.0,)
-
-

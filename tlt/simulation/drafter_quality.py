@@ -1,4 +1,4 @@
-"""How good the head is from iteration to iteration: updates of the policy make it worse, training on idle ranks better.
+"""How good the head is from iteration to iteration: updates of the policy harm it, training on idle ranks helps.
 
 A model with two stated numbers, not a measurement; whether idle ranks train is the product's decision (`GainRecord`),
 which is told the gain as it would measure it.

@@ -85,7 +85,7 @@ def named_lengths(text: str, flag: str, *, icc: float = 0.0) -> Lengths:
 
 
 def read_lengths(path: Path, flag: str, *, icc: float = 0.0) -> Lengths:
-    """Of a JSON file with a list of lengths, or with weights by length (an object, or one under `output_tokens`), or of
+    """Of a JSON file with a list of lengths or with weights by length (an object, or one under `output_tokens`), or of
     a run's folder, from its logged responses. Raises ValueError naming the flag."""
     if path.is_dir():
         return Lengths(name=path.name, quantiles=np.sort(np.array(rollout_lengths(path, flag))), icc=icc)

@@ -105,8 +105,8 @@ def row(reported: Reported, sweep: Sweep, costs: Costs, ours: Ours) -> dict:
 def table(found: Sequence[dict]) -> str:
     """Markdown."""
     lines = [
-        "| model | nodes | requests a replica | plain rollout s | of the iteration | reported | TLT's policy, simulated | "
-        "(rollout) | ours, simulated | (rollout) |",
+        "| model | nodes | requests a replica | plain rollout s | of the iteration | reported | "
+        "TLT's policy, simulated | (rollout) | ours, simulated | (rollout) |",
         "|---" * 10 + "|",
     ]
     lines += [

@@ -1,8 +1,8 @@
 """One rollout replica that decodes: its requests, and the moments at which one of them ends.
 
 All requests of a replica get as many tokens from a step as the table says for their number: a response needs as many
-steps as that gives, rounded up, and between two ends every step is like the one before but for longer contexts. So time
-goes from end to end in closed form, and 1,024 replicas take seconds.
+steps as that gives, rounded up, and between two ends every step is like the one before but for longer contexts. So
+time goes from end to end in closed form, and 1,024 replicas take seconds.
 """
 
 import heapq

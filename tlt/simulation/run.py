@@ -135,5 +135,3 @@ def one_rollout(
     if (outcome.num_tokens, outcome.num_requests) != (lengths.sum(), lengths.size):
         raise RuntimeError(f"{lengths.size} responses of {lengths.sum()} tokens began, {outcome} ended")
     return outcome
-
-

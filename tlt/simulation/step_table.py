@@ -64,13 +64,16 @@ class Engine:
 
 def step_table(engine: Engine, strategy: str, flag: str, *, max_running_requests: int | None = None,
                share: float = 1.0) -> StepTable:  # fmt: skip
-    """Under a strategy as --spec-strategy names it; `share` is what is left of the heads' acceptance. Raises ValueError
-    naming the flag."""
+    """Under a strategy as --spec-strategy names it; `share` is what is left of the heads' acceptance.
+
+    Raises ValueError naming the flag."""
     policy, arms = parse_policy(strategy, flag, max_running_requests=max_running_requests)
     known = {*engine.model.drafters, ADAPTIVE}
     unknown = sorted({arm.method for arm in arms if arm.num_draft_tokens} - known)
     if unknown:
-        raise ValueError(f"{flag} must draft with {sorted(known)}, which the costs know, got {unknown} in {strategy!r}")
+        raise ValueError(
+            f"{flag} must draft with {sorted(known)}, which the costs know, got {unknown} in {strategy!r}"
+        )
     if strategy.startswith((BEG_MAB, COST_MODEL)):
         warm(policy, engine, arms, share=share)
     sizes = table_sizes(engine.max_running)
@@ -98,7 +101,7 @@ def table_sizes(largest: int) -> list[int]:
 
 
 def interpolated(values: dict[int, float], names: dict[int, str]) -> list[float]:
-    """[N] between the sizes that were worked out; where the choice differs, the smaller size's holds up to the next."""
+    """[N] between the sizes that were worked out; where choices differ, the smaller size's holds up to the next."""
     sizes = sorted(values)
     found: list[float] = []
     for size, next_size in zip(sizes, [*sizes[1:], sizes[-1] + 1], strict=True):
@@ -114,9 +117,9 @@ def warm(policy: StrategyPolicy, engine: Engine, arms: tuple[SpecStrategy, ...],
     def short(rng: np.random.Generator, count: int) -> np.ndarray:
         return np.minimum(engine.lengths(rng, count), WARM_LONGEST)
 
-    drift = Drift(fall=1 - share, recovery=np.inf)
     world = World(
-        model=engine.model, arms=(OFF, *(arm for arm in arms if arm != OFF)), drift=drift, lengths=short, num_requests=engine.max_running
+        model=engine.model, arms=(OFF, *(arm for arm in arms if arm != OFF)),
+        drift=Drift(fall=1 - share, recovery=np.inf), lengths=short, num_requests=engine.max_running,
     )  # fmt: skip
     replay(policy, world, iterations=WARM_ROLLOUTS, seed=0)
 
@@ -132,7 +135,9 @@ def routed(engine: Engine, num_running: int, longest: int, *, share: float) -> t
         router.depth_rates[name, True] = Calibration(np.repeat(stands[:, None], NUM_CONFIDENCES, axis=1))
         router.calibrations[name, True] = router.depth_rates[name, True]
     candidates = [
-        Candidate(name=str(row), group="", room=longest, is_random=True, **suffix_draft(engine, row, num_running, longest))
+        Candidate(
+            name=str(row), group="", room=longest, is_random=True, **suffix_draft(engine, row, num_running, longest)
+        )
         for row in range(num_running)
     ]
     if SUFFIX in drafters:

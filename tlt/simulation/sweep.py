@@ -1,8 +1,8 @@
-"""Rows of a sweep: every combination of ranks, batch, limits, strategy and tail, each against plain decoding of the same
-lengths."""
+"""Rows of a sweep: every combination of ranks, batch, limits, strategy and tail, each against plain decoding of the
+same lengths."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from statistics import fmean
@@ -99,15 +99,19 @@ def points(sweep: Sweep) -> list[Point]:
 def rows(sweep: Sweep, costs: Costs) -> list[dict]:
     """One for each point: means over the iterations. Raises ValueError where a strategy drafts with what the costs do
     not know."""
-    plain: dict[tuple, dict] = {}
-    found = []
-    for point in points(sweep):
-        row = measures(sweep, costs, point)
-        key = (point.ranks, point.requests, point.group_size, point.longest)
-        if point.strategy == PLAIN and key not in plain:  # the first is without consolidation, where that is swept
-            plain[key] = row
-        found.append(row | compared(row, plain[key], sweep, costs))
-    return found
+
+    @cache
+    def of(point: Point) -> dict:
+        return measures(sweep, costs, point)
+
+    return [of(point) | compared(of(point), of(plain_of(point)), sweep, costs) for point in points(sweep)]
+
+
+def plain_of(point: Point) -> Point:
+    """What ratios are to: the same responses, where nothing is drafted, nothing moves and no one trains."""
+    return replace(
+        point, strategy=PLAIN, max_running_requests=0, consolidation="off", training=False, switch_s=0.0
+    )  # fmt: skip
 
 
 def measures(sweep: Sweep, costs: Costs, point: Point) -> dict:

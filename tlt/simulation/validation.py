@@ -15,7 +15,6 @@ from tlt.drafter.history import SuffixHistory
 from tlt.rollout.outlook import Outlook
 from tlt.simulation.measured import MeasuredIteration, MeasuredRun, Steps
 from tlt.simulation.moves import Moves, NoMoves
-from tlt.simulation.replica import Request
 from tlt.simulation.rollout import NoTraining, roll_out
 from tlt.simulation.step_table import StepTable
 from tlt.spec.cost_model import bin_of
@@ -109,7 +108,7 @@ def compare(run: MeasuredRun, one: MeasuredIteration, others: Sequence[MeasuredI
 
 def measured_table(steps: Sequence[Steps], *, max_running: int) -> StepTable:
     """Mean seconds and mean tokens of the steps of each batch size, neighbouring sizes together; linear between, and
-    as at the end beyond the smallest and largest. Means, not medians: a rollout takes their sum, stragglers included."""
+    as at the end beyond the smallest and largest. Means, not medians: a rollout takes their sum, slow ones too."""
     sums: dict[int, np.ndarray] = {}
     for each in steps:
         for running, seconds, tokens in zip(each.running, each.seconds, each.tokens, strict=True):
@@ -141,7 +140,11 @@ def predict(
 def expectation(run: MeasuredRun, one: MeasuredIteration, earlier: Sequence[MeasuredIteration]) -> Outlook:
     """What the run's history told of lengths by then."""
     history = SuffixHistory(64 * 2**20)
-    keys = {prompt_id: prompt_of(prompt_id, text) for other in (*earlier, one) for prompt_id, text in other.questions.items()}
+    keys = {
+        prompt_id: prompt_of(prompt_id, text)
+        for other in (*earlier, one)
+        for prompt_id, text in other.questions.items()
+    }
     for other in earlier:
         for request in (request for own in other.requests for request in own):
             key = keys[prompt_id_of(request.name)].problem_key
