@@ -82,6 +82,7 @@ def test_a_run_with_even_steps_is_predicted_exactly(tmp_path):
     found = validate(run, "--validate")
     for one in found.comparisons:
         assert one.predicted_rollout_s == pytest.approx(one.rollout_s)
+        assert one.own_rollout_s == pytest.approx(one.rollout_s)
     assert (found.rollout_error, found.total_error) == pytest.approx((0.0, 0.0), abs=1e-9)
     assert abs(found.iteration_error) < 0.05  # the rest of two iterations is their mean, of more a line
     more = LENGTHS | {4: [[10, 10, 10], [20, 20, 20]]}
@@ -95,6 +96,7 @@ def test_what_was_slower_than_the_others_shows_as_an_error(tmp_path):
     found = validate(replace(run, iterations=(run.iterations[0], slow, run.iterations[2])), "--validate")
     assert found.comparisons[1].rollout_error == pytest.approx(-0.2)
     assert found.total_error < -0.05
+    assert found.comparisons[1].own_error == pytest.approx(-0.2)  # the steps alone say nothing of the rest
 
 
 def test_steps_that_read_prompts_are_told_apart():

@@ -4,7 +4,8 @@ An idle replica asks; each that decodes looks at its next agreed step, and the f
 that refused is not asked again before one of its responses ends. Not modelled: the seconds in which the store is read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from tlt.rollout.consolidation import LOOK_STEPS, MIN_GAIN_FRAC, Pending, worth_moving
@@ -69,7 +70,8 @@ class Moves:
         count = giver.num_running
         if count < 2 or self._refused.get(giver.index) == count:
             return False
-        return giver.table.decode_s(1) < (1 - MIN_GAIN_FRAC) * giver.table.decode_s(count)
+        step_s = step_times(giver)
+        return step_s(1) < (1 - MIN_GAIN_FRAC) * step_s(count)
 
     def _look(self, giver: Replica, time_s: float) -> tuple[float, int, int] | None:
         """(time, replica, steps of its stretch) of the giver's first look from then on; None where its last step runs:
@@ -93,4 +95,9 @@ class Moves:
                     num_steps=more / giver.tokens_per_step,
                 )
             )  # fmt: skip
-        return worth_moving(pending, giver.table.decode_s)
+        return worth_moving(pending, step_times(giver))
+
+
+def step_times(replica: Replica) -> Callable[[float], float]:
+    """Seconds of a step by requests in it, at their present contexts: what the replica would have measured lately."""
+    return partial(replica.table.decode_s, context=replica.context / replica.num_running)

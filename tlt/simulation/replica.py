@@ -66,6 +66,11 @@ class Replica:
         """Of each request, at present."""
         return self.table.tokens[self.num_running]
 
+    @property
+    def context(self) -> float:
+        """Tokens of context of all running requests, when the stretch begins."""
+        return self.contexts_offset + self.num_running * self.position
+
     def _admit(self) -> None:
         """Let waiting requests run while there is room; their prompts are read first."""
         to_read = 0.0
@@ -92,15 +97,14 @@ class Replica:
     def stretch_s(self, steps: int) -> float:
         """Seconds of so many steps from the stretch's beginning: each step's contexts are longer than the last's."""
         count, table = self.num_running, self.table
-        context = self.contexts_offset + count * self.position
         growth = count * self.tokens_per_step * steps * (steps - 1) / 2
-        return steps * table.seconds[count] + table.context_s * (steps * context + growth)
+        return steps * table.seconds[count] + table.context_s * (steps * self.context + growth)
 
     def steps_until(self, time_s: float) -> int:
         """Steps of the stretch that have ended or begun by then; at most all of it."""
         count, table = self.num_running, self.table
         a = table.context_s * count * self.tokens_per_step / 2
-        b = table.seconds[count] + table.context_s * (self.contexts_offset + count * self.position) - a
+        b = table.seconds[count] + table.context_s * self.context - a
         left = time_s - self.begin_s
         if left <= 0:
             return 0
@@ -115,7 +119,7 @@ class Replica:
         self.num_steps += steps
         self.request_steps += steps * self.num_running
         self.position += steps * self.tokens_per_step
-        self.peak_context = max(self.peak_context, self.contexts_offset + self.num_running * self.position)
+        self.peak_context = max(self.peak_context, self.context)
 
     def finish(self) -> list[Request]:
         """The stretch is over: requests that ended with it."""

@@ -43,10 +43,13 @@ class StepTable:
     def max_running(self) -> int:
         return len(self.tokens) - 1
 
-    def decode_s(self, num_tokens: float) -> float:
-        """Seconds of an engine step of so many tokens, as a replica weighs a move by (`worth_moving`)."""
+    def decode_s(self, num_tokens: float, *, context: float) -> float:
+        """Seconds of an engine step of so many requests with so long contexts, or beyond the most that can run of a
+        prompt with so many tokens: what a replica weighs a move by (`worth_moving`)."""
         below = int(num_tokens)
-        return self.seconds[below] if below <= self.max_running else self.read.seconds(num_tokens)
+        if below > self.max_running:
+            return self.read.seconds(num_tokens)
+        return self.seconds[below] + self.context_s * below * context
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """The simulator against a real run: each iteration predicted from what all others measured, then compared.
 
 What is taken from the iteration itself is which replica had which responses and how long these were; step times and
-tokens a step by running requests, and the time around decoding, are the other iterations'. A second prediction knows
-no length either: it draws them from the others' responses.
+tokens a step by running requests, and the time around decoding, are the other iterations'. Two more tell where an
+error comes from: one with the iteration's own step times, which leaves the model's error and none of a machine that was
+faster or slower than before; and one that knows no length either, and draws them from the others' responses.
 """
 
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ class Comparison:
     predicted_rollout_s: float
     iteration_s: float
     predicted_iteration_s: float
+    own_rollout_s: float
+    """As the model gives it from the iteration's own step times."""
     drawn_rollout_s: float
     """Mean predicted where lengths are not known."""
 
@@ -41,6 +44,11 @@ class Comparison:
     def rollout_error(self) -> float:
         """Predicted over measured, less 1."""
         return self.predicted_rollout_s / self.rollout_s - 1
+
+    @property
+    def own_error(self) -> float:
+        """Of the model with the iteration's own step times."""
+        return self.own_rollout_s / self.rollout_s - 1
 
     @property
     def iteration_error(self) -> float:
@@ -61,6 +69,10 @@ class Validation:
     @property
     def iteration_error(self) -> float:
         return median(abs(one.iteration_error) for one in self.comparisons)
+
+    @property
+    def own_error(self) -> float:
+        return median(abs(one.own_error) for one in self.comparisons)
 
     @property
     def total_error(self) -> float:
@@ -94,16 +106,23 @@ def compare(run: MeasuredRun, one: MeasuredIteration, others: Sequence[MeasuredI
     """`one` as predicted from `others`."""
     steps = [each for other in others for each in other.steps]
     largest = max(len(own) for iteration in (one, *others) for own in iteration.requests)
-    table = measured_table(steps, max_running=min(largest, run.max_running))
-    around_s = (fmean(each.begin_s for each in steps), fmean(each.end_s for each in steps))
+    max_running = min(largest, run.max_running)
+    table, own_table = (measured_table(each, max_running=max_running) for each in (steps, one.steps))
+    around_s, own_around_s = around(steps), around(one.steps)
     earlier = [other for other in others if other.number < one.number]
     predicted_s = predict(run, table, one, earlier, around_s)
     rng = np.random.default_rng(one.number)
     drawn = [predict(run, table, with_drawn_lengths(one, others, rng), earlier, around_s) for _ in range(NUM_DRAWS)]
     return Comparison(
         number=one.number, rollout_s=one.rollout_s, predicted_rollout_s=predicted_s, iteration_s=one.iteration_s,
-        predicted_iteration_s=predicted_s + rest_s(others, one.num_tokens), drawn_rollout_s=fmean(drawn),
+        predicted_iteration_s=predicted_s + rest_s(others, one.num_tokens),
+        own_rollout_s=predict(run, own_table, one, earlier, own_around_s), drawn_rollout_s=fmean(drawn),
     )  # fmt: skip
+
+
+def around(steps: Sequence[Steps]) -> tuple[float, float]:
+    """Mean seconds before a replica decodes alone, and after it did."""
+    return fmean(each.begin_s for each in steps), fmean(each.end_s for each in steps)
 
 
 def measured_table(steps: Sequence[Steps], *, max_running: int) -> StepTable:
@@ -116,7 +135,7 @@ def measured_table(steps: Sequence[Steps], *, max_running: int) -> StepTable:
                 found = sums.setdefault(bin_of(running), np.zeros(4))
                 found += (1, running, seconds, tokens)
     if not sums:
-        raise ValueError("the run's other iterations have no engine step that only decoded")
+        raise ValueError("an iteration of the run, or all others, have no engine step that only decoded")
     count, running, seconds, tokens = np.array(sorted(sums.values(), key=lambda each: each[1] / each[0])).T
     at = np.arange(1, max_running + 1)
     step_s = np.interp(at, running / count, seconds / count)
@@ -129,7 +148,7 @@ def predict(
     run: MeasuredRun, table: StepTable, one: MeasuredIteration, earlier: Sequence[MeasuredIteration],
     around_s: tuple[float, float],
 ) -> float:  # fmt: skip
-    """Seconds of the rollout; `around_s` is the time before a replica decodes alone and after it did."""
+    """Seconds of the rollout."""
     moves = Moves(expectation(run, one, earlier)) if run.consolidates else NoMoves()
     # The step that read its prompt gave each response its first token.
     requests = [[replace(request, num_done=min(1, request.length)) for request in own] for own in one.requests]
