@@ -10,13 +10,14 @@ import pytest
 
 from tlt.simulation.costs import learned_costs
 from tlt.simulation.lengths import named_lengths
-from tlt.simulation.measured import num_reading, read_run
+from tlt.simulation.measured import decode_steps, num_reading, read_run
 from tlt.simulation.sweep import Sweep, points
 from tlt.simulation.validation import measured_table, validate
 from tlt.spec.recording import RecordedRollout, write_recording
 from tlt.spec.replay import Prospects
 from tlt.spec.step_model import stated_model
 from tlt.spec.strategy import parse_strategy
+from tlt.timeline.records import read_trace
 from tlt.trace import Trace
 from tools.simulate_long_tail import main
 
@@ -103,6 +104,23 @@ def test_steps_that_read_prompts_are_told_apart():
     assert num_reading([3, 3, 2, 1, 0]) == 1
     assert num_reading([2, 4, 6, 6, 5, 0]) == 3
     assert num_reading([6, 5, 4, 7, 7]) == 1  # responses taken over
+
+
+def test_waiting_for_responses_to_take_over_is_no_steps_time(tmp_path):
+    traces = [Trace(tmp_path, rank) for rank in range(1)]
+    traces[0].record("rollout", begin_s=10.0, end_s=16.0)
+    traces[0].record("iteration", begin_s=10.0, end_s=17.0, iteration=1)
+    # Prompts; two steps of one request; 3 s without any; one that reads an adopted one's text; two of that one.
+    traces[0].record(
+        "engine_steps", begin_s=10.0, end_s=15.5, begin_ms=[0, 1000, 1100, 4200, 5000, 5200],
+        running=[1, 1, 0, 1, 1, 0], drafts=[0, 1, 1, 0, 1, 1], accepted=[0, 2, 1, 0, 3, 3],
+    )  # fmt: skip
+    (trace,) = read_trace(tmp_path)
+    steps = decode_steps(trace, trace.spans[1], begin_s=9.5)
+    assert steps.running == (1, 0, 1, 1)
+    assert steps.seconds == pytest.approx((0.1, 0.8, 0.2, 0.3))
+    assert steps.tokens == (3, 0, 4, 4)
+    assert (steps.begin_s, steps.end_s) == pytest.approx((1.5, 0.5))
 
 
 def test_measured_steps_are_means_by_batch_size(tmp_path):

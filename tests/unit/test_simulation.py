@@ -102,6 +102,14 @@ def test_a_crowded_replica_gives_to_an_idle_one():
     assert run(flat, [200, 200], [8], moves="known").num_moved == 0
 
 
+def test_long_contexts_make_a_crowded_replica_slow_enough_to_give():
+    for prompt, num_moved in ((0, 0), (1000, 1)):  # a step of two takes 10.2 ms, and 200 ms more with long prompts
+        table = plain(4, base_s=0.010, each_s=0.0001, context_s=1e-4)
+        own = [requests(200, 200, prompt=prompt), requests(8, prompt=prompt, first=2)]
+        known = Moves(KnownLengths({request.name: request.length for row in own for request in row}))
+        assert roll_out(table, own, moves=known, training=NoTraining()).num_moved == num_moved
+
+
 ROWS = st.lists(st.lists(st.integers(1, 400), min_size=1, max_size=6), min_size=1, max_size=5)
 
 

@@ -141,13 +141,14 @@ def decode_steps(trace: RankTrace, span: Span, *, begin_s: float) -> Steps:
     steps = next((each for each in trace.steps if span.holds(each)), None)
     if steps is None:
         return Steps(running=(), seconds=(), tokens=(), begin_s=span.end_s - begin_s, end_s=0.0)
-    first = num_reading(steps.running)
-    running = steps.running[first - 1 : -1]
+    first, last = num_reading(steps.running), len(steps.running) - 1
     bounds = [*steps.begins_s, steps.end_s]
+    # After a step that left nothing a replica may have waited for responses to take over: not the step's time.
+    chosen = [index for index in range(first, last + 1) if steps.running[index] > 0 or index == last]
     return Steps(
-        running=running,
-        seconds=tuple(end - begin for begin, end in pairwise(bounds[first:])),
-        tokens=tuple(count + more for count, more in zip(running, steps.accepted[first:], strict=True)),
+        running=tuple(steps.running[index - 1] for index in chosen),
+        seconds=tuple(bounds[index + 1] - bounds[index] for index in chosen),
+        tokens=tuple(steps.running[index - 1] + steps.accepted[index] for index in chosen),
         begin_s=bounds[first] - begin_s,
         end_s=span.end_s - steps.end_s,
     )

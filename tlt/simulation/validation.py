@@ -2,8 +2,8 @@
 
 What is taken from the iteration itself is which replica had which responses and how long these were; step times and
 tokens a step by running requests, and the time around decoding, are the other iterations'. Two more tell where an
-error comes from: one with the iteration's own step times, which leaves the model's error and none of a machine that was
-faster or slower than before; and one that knows no length either, and draws them from the others' responses.
+error comes from: one with the iteration's own step times, which leaves the model's error and none of a machine that
+was faster or slower than before; and one that knows no length either, and draws them from the others' responses.
 """
 
 from collections.abc import Sequence
@@ -121,8 +121,9 @@ def compare(run: MeasuredRun, one: MeasuredIteration, others: Sequence[MeasuredI
 
 
 def around(steps: Sequence[Steps]) -> tuple[float, float]:
-    """Mean seconds before a replica decodes alone, and after it did."""
-    return fmean(each.begin_s for each in steps), fmean(each.end_s for each in steps)
+    """Seconds before a replica decodes alone, their mean, and after it did: the least, as others may have waited to
+    take over responses."""
+    return fmean(each.begin_s for each in steps), min(each.end_s for each in steps)
 
 
 def measured_table(steps: Sequence[Steps], *, max_running: int) -> StepTable:
