@@ -147,10 +147,9 @@ def routed(engine: Engine, num_running: int, longest: int, *, share: float) -> t
         stands = np.full((len(MATCHES) + 1, NUM_CONFIDENCES), drafters[SUFFIX].stands[0])
         router.calibrations[SUFFIX, True] = Calibration(stands)
     counts, passes_s, standings = [0] * num_running, 0.0, [np.zeros(0)] * num_running
+    measured = costs(engine, num_running, longest)
     for _ in range(2):  # the price of a token is taken at the number that was planned last
-        prices = costs(engine, num_running, longest).prices(
-            num_running, router.num_planned, max_draft_tokens=num_running * longest
-        )
+        prices = measured.prices(num_running, router.num_planned, max_draft_tokens=num_running * longest)
         router.step = 0  # no probe
         routes = router.plan(candidates, prices, num_running=num_running)
         standings = [
