@@ -113,7 +113,7 @@ def test_long_contexts_make_a_crowded_replica_slow_enough_to_give():
 ROWS = st.lists(st.lists(st.integers(1, 400), min_size=1, max_size=6), min_size=1, max_size=5)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ROWS, st.floats(0.0, 0.02), st.floats(0.0001, 0.02), st.floats(1.0, 4.0))
 def test_all_tokens_are_decoded_and_moves_with_true_lengths_never_lose(lengths, base_s, each_s, tokens):
     table = replace(plain(8, base_s=base_s, each_s=each_s), tokens=[tokens] * 9)
@@ -129,7 +129,7 @@ def test_all_tokens_are_decoded_and_moves_with_true_lengths_never_lose(lengths, 
         assert shared.duration_s <= alone.duration_s + 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(ROWS)
 def test_whole_steps_make_moves_with_true_lengths_exact(lengths):
     table = plain(8, base_s=0.001, each_s=0.008)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from tlt.simulation.costs import Costs, gpu_costs
 from tlt.simulation.lengths import Lengths
@@ -81,12 +82,12 @@ def row(reported: Reported, sweep: Sweep, costs: Costs, ours: Ours) -> dict:
             sum(one.rollout.num_tokens for one in done),
         )  # fmt: skip
 
+    @cache
     def our_table(share: float) -> StepTable:
         return step_table(engine, ours.strategy, "--strategies", share=share)
 
     plain_s, _, tokens = run(lambda share: plain)
     tree_s, _, _ = run(lambda share: tlt_table(plain, reported.model))
-    head_s, _, _ = run(lambda share: our_table(1.0))
     full_s, meetings, _ = run(our_table, training=True, consolidation="on", switch_s=2.0)
     rest_s = costs.update_s(tokens, num_gpus) + sweep.iterations * assumptions.other_s
     if assumptions.rollout_share is not None:
@@ -97,7 +98,6 @@ def row(reported: Reported, sweep: Sweep, costs: Costs, ours: Ours) -> dict:
         "requests_per_replica": requests, "reported": reported.speed_up,
         "plain_rollout_s": plain_s / sweep.iterations, "plain_rollout_share": plain_s / whole_s,
         "tlt": whole_s / (tree_s + rest_s), "tlt_rollout": plain_s / tree_s,
-        "ours_fresh_head": whole_s / (head_s + rest_s),
         "ours": whole_s / (full_s + rest_s + meetings * assumptions.meeting_s), "ours_rollout": plain_s / full_s,
     }  # fmt: skip
 

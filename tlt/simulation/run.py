@@ -20,7 +20,7 @@ from tlt.simulation.step_table import StepTable
 from tlt.spot.opportunity import SwitchCost
 from tlt.types import Prompt, rollout_name
 
-SHARE_STEPS = 50
+SHARE_STEPS = 25
 """Tables are made for so many qualities of a head."""
 
 
