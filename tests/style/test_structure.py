@@ -36,6 +36,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
         "run_state", "trace", "types",
     },
     "timeline": set(),
+    "report": {"timeline"},
     "workload": set(),
     "spec": BASE,
     "spot": BASE | {"parallel", "protocols", "trace"},
