@@ -117,6 +117,8 @@ def test_ratios_are_of_pairs_and_rows_carry_what_made_them_possible(found):
     assert (whole["median_s"], whole["num_pairs"], whole["num_runs"]) == (pytest.approx(10.5), 2, 2)
     assert table["plain", "iteration"]["ratio_vs_plain"] == 1
     assert table["plain", "iteration"]["num_pairs"] == 3
+    assert whole["ratio_vs"] == {"plain": whole["ratio_vs_plain"], "full": 1}
+    assert table["plain", "iteration"]["ratio_vs"]["full"] == pytest.approx((10.5 / 13.5 + 10.5 / 15.5) / 2)
     assert table["full", "logprobs"]["ratio_vs_plain"] is None, "a phase that takes no time has no ratio"
     for row in table.values():
         assert (row["entropy_nats"], row["one_hot_ceiling"]) == pytest.approx((0.2, 0.9))
@@ -134,6 +136,7 @@ def test_tables_curves_and_picture(found, tmp_path):
     assert "| full | 2 | 10.50 | 1.38 (1.29 to 1.48) | 1.80 (1.60 to 2.00) | 1.00 |" in text
     assert "| 0.625 (0.500 to 0.750) | 0.200 | 0.900 |" in text
     assert "| full | 5.00 | 3.00 | 1.00 | 0.00 | 0.00 | 3.00 | 1.00 | 0.50 | 10.50 |" in text
+    assert "| full | 1.38 | 1.00 |" in text
     curves = [run.curves["greedy_accuracy"] for run in found if run.mode == "full"]
     assert pairs.spread(curves) == [(0, 0.25, 0.25, 0.25), (3, 0.625, 0.5, 0.75)]
     assert pairs.spread([]) == []

@@ -85,30 +85,38 @@ def measure(
 def rows(runs: Sequence[MeasuredRun]) -> list[dict]:
     """One for each number of requests, mode and phase. `median_s`: median over a mode's runs of the mean seconds of
     an iteration; `ratio_vs_plain`: median over seeds of plain's seconds by the mode's, both of that seed, None where
-    there is no pair or the phase takes no time."""
+    there is no pair or the phase takes no time; `ratio_vs`: the same against each mode."""
     result = []
     for requests, mode in dict.fromkeys((run.requests_per_rank, run.mode) for run in runs):
         own = of_mode(runs, requests, mode)
-        plain = of_mode(runs, requests, PLAIN)
-        pairs = [(plain[seed], own[seed]) for seed in own if seed in plain]
-        about = summary(list(own.values()), pairs)
+        about = summary(own, of_mode(runs, requests, PLAIN))
+        modes = dict.fromkeys(run.mode for run in runs if run.requests_per_rank == requests)
         for phase in PHASES:
-            ratios = [
-                base.seconds[phase] / run.seconds[phase]
-                for base, run in pairs
-                if base.seconds[phase] > 0 and run.seconds[phase] > 0
-            ]
             seconds = [run.seconds[phase] for run in own.values()]
+            by_mode = {other: ratios(of_mode(runs, requests, other), own, phase) for other in modes}
+            against_plain = by_mode.get(PLAIN, [])
             result.append(
                 {
-                    "requests_per_rank": requests, "mode": mode, "phase": phase,
+                    "requests_per_rank": requests,
+                    "mode": mode,
+                    "phase": phase,
                     "median_s": statistics.median(seconds),
-                    "ratio_vs_plain": statistics.median(ratios) if ratios else None,
-                    "ratio_min": min(ratios, default=None), "ratio_max": max(ratios, default=None),
-                    "num_pairs": len(ratios), "seconds": seconds, **about,
+                    "ratio_vs_plain": statistics.median(against_plain) if against_plain else None,
+                    "ratio_min": min(against_plain, default=None),
+                    "ratio_max": max(against_plain, default=None),
+                    "num_pairs": len(against_plain),
+                    "ratio_vs": {other: statistics.median(values) for other, values in by_mode.items() if values},
+                    "seconds": seconds,
+                    **about,
                 }
-            )  # fmt: skip
+            )
     return result
+
+
+def ratios(base: Mapping[int, MeasuredRun], own: Mapping[int, MeasuredRun], phase: str) -> list[float]:
+    """Seconds of `base` by those of `own`, of each seed that both have; above 1: `own` is faster."""
+    pairs = [(base[seed].seconds[phase], own[seed].seconds[phase]) for seed in own if seed in base]
+    return [base_s / own_s for base_s, own_s in pairs if base_s > 0 and own_s > 0]
 
 
 def of_mode(runs: Sequence[MeasuredRun], requests_per_rank: int, mode: str) -> dict[int, MeasuredRun]:
@@ -116,8 +124,10 @@ def of_mode(runs: Sequence[MeasuredRun], requests_per_rank: int, mode: str) -> d
     return {run.seed: run for run in runs if (run.requests_per_rank, run.mode) == (requests_per_rank, mode)}
 
 
-def summary(own: Sequence[MeasuredRun], pairs: Sequence[tuple[MeasuredRun, MeasuredRun]]) -> dict:
+def summary(by_seed: Mapping[int, MeasuredRun], plain: Mapping[int, MeasuredRun]) -> dict:
     """What all rows of a mode carry: without the workload's entropy and ceiling no ratio means anything."""
+    own = list(by_seed.values())
+    pairs = [(plain[seed], run) for seed, run in by_seed.items() if seed in plain]
     pair_tokens = [run.means["response_tokens"] / base.means["response_tokens"] for base, run in pairs]
     same = [one == other for base, run in pairs for one, other in zip(base.texts, run.texts, strict=True)]
     accuracies = [final(run.curves["greedy_accuracy"]) for run in own]
@@ -158,11 +168,11 @@ def spread(curves: Sequence[Sequence[Point]]) -> list[tuple[float, float, float,
 
 
 def markdown_tables(found: Sequence[dict]) -> str:
-    """Of `rows`: for each number of requests a table of modes and one of phases."""
+    """Of `rows`: for each number of requests a table of modes, one of phases and one of ratios."""
     parts = []
     for requests in dict.fromkeys(row["requests_per_rank"] for row in found):
         chosen = [row for row in found if row["requests_per_rank"] == requests]
-        parts += [f"## {requests} requests a rank", mode_table(chosen), phase_table(chosen)]
+        parts += [f"## {requests} requests a rank", mode_table(chosen), phase_table(chosen), ratio_table(chosen)]
     return "\n\n".join(parts)
 
 
@@ -198,6 +208,15 @@ def phase_table(found: Sequence[dict]) -> str:
     lines = ["| mode, seconds | " + " | ".join(PHASES) + " |", "|" + "---|" * (len(PHASES) + 1)]
     for mode, seconds in by_mode.items():
         lines.append("| " + " | ".join([mode, *(number(seconds[phase], 2) for phase in PHASES)]) + " |")
+    return "\n".join(lines)
+
+
+def ratio_table(found: Sequence[dict]) -> str:
+    """How many times as fast each mode is as each other one, end to end (median over seeds)."""
+    against = {row["mode"]: row["ratio_vs"] for row in found if row["phase"] == ITERATION}
+    lines = ["| mode, times as fast as | " + " | ".join(against) + " |", "|" + "---|" * (len(against) + 1)]
+    for mode, by_mode in against.items():
+        lines.append("| " + " | ".join([mode, *(number(by_mode.get(other), 2) for other in against)]) + " |")
     return "\n".join(lines)
 
 
