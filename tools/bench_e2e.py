@@ -207,12 +207,13 @@ def run_block(args: argparse.Namespace, block: Block, launch: Launch) -> None:
     lasting = without(command, "--train-iters")  # grows from block to block
     if told.is_file() and json.loads(told.read_text()) != lasting:
         raise ValueError(f"--out {args.out}: {folder} holds a run with other flags ({told}); name another prefix")
-    if is_done(block, runs):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    told.write_text(json.dumps(lasting) + "\n")
-    print(f"{folder}: up to iteration {block.last}", file=sys.stderr, flush=True)
-    launch(command, args.ranks, folder / "output.log")
+    if not is_done(block, runs):
+        folder.mkdir(parents=True, exist_ok=True)
+        told.write_text(json.dumps(lasting) + "\n")
+        print(f"{folder}: up to iteration {block.last}", file=sys.stderr, flush=True)
+        launch(command, args.ranks, folder / "output.log")
+        if not is_done(block, runs):
+            raise RuntimeError(f"{folder}: the run was stopped before iteration {block.last}; start again to go on")
     if block.last == args.iterations:  # only what is measured stays: checkpoints are large
         for checkpoint in folder.glob("iter_*"):
             shutil.rmtree(checkpoint)
