@@ -75,6 +75,17 @@ def test_scoring_and_tails_belong_to_their_own_rollout(tmp_path):
     assert (seconds["rollout"], seconds["tail"], seconds["reward"]) == (7, 4, 1.25)
 
 
+def test_phases_add_up_where_ranks_wait_for_each_other_in_turn(tmp_path):
+    folder = tmp_path / "run"
+    for rank, updated in ((0, 6), (1, 9)):
+        write(folder / "trace", rank, ("rollout", 0, 4), ("update", 4, updated), ("weight_sync", updated, 10),
+              ("iteration", 0, 10, {"iteration": 1}))  # fmt: skip
+    (folder / "metrics.jsonl").write_text("")
+    (folder / "run.json").write_text('{"starts": []}')
+    seconds = read_run(folder).breakdowns()[1].seconds
+    assert (seconds["update"], seconds["sync"], seconds["other"]) == (3.5, 2.5, 0)
+
+
 def test_the_first_iteration_of_each_start_is_not_counted(tmp_path):
     run = write_run(tmp_path / "run", rollout_s=8.0)
     assert run.warm_iterations() == {2, 3}

@@ -25,8 +25,9 @@ class Breakdown:
 
     seconds: dict[str, float]
     """By phase. `rollout`: from the first rank's begin to the last one's end; `tail`: the part of it in which a rank
-    had ended; `reward`: what is left of scoring after that; `other`: what no span names (exchange, batch building,
-    logging); `iteration`: all of it, without evaluation and checkpoint. All but `tail` add up to it."""
+    had ended; `reward`: what is left of scoring after that; those of COLLECTIVE: mean over ranks; `other`: what no
+    span names (exchange, batch building, logging); `iteration`: all of it, without evaluation and checkpoint. All but
+    `tail` add up to it."""
     idle_frac: float
     """Share of rank time in which a rank waited for others' rollouts and did nothing."""
     training_frac: float
@@ -47,9 +48,9 @@ def breakdown(found: Timeline) -> Breakdown:
             end_s - min(bar.end_s for bar in together) for together, end_s in zip(rounds, last_ends, strict=True)
         ),
         "reward": late_rewards(found, rounds),
-        **{phase: sum(longest(found, part) for part in parts) for phase, parts in COLLECTIVE.items()},
+        **{phase: sum(mean_s(found, part) for part in parts) for phase, parts in COLLECTIVE.items()},
     }
-    whole_s = found.end_s - found.begin_s - sum(longest(found, phase) for phase in UNCOUNTED)
+    whole_s = found.end_s - found.begin_s - sum(mean_s(found, phase) for phase in UNCOUNTED)
     named_s = sum(value for phase, value in seconds.items() if phase != TAIL_OF_ROLLOUT)
     rank_s = len(found.ranks) * whole_s
     return Breakdown(
@@ -69,9 +70,10 @@ def rollouts(found: Timeline) -> list[tuple[Bar, ...]]:
     return list(zip(*(of_phase(found, ROLLOUT, rank) for rank in found.ranks), strict=True))
 
 
-def longest(found: Timeline, phase: str) -> float:
-    """Seconds of the rank that was in it for longest."""
-    return max(sum(bar.end_s - bar.begin_s for bar in of_phase(found, phase, rank)) for rank in found.ranks)
+def mean_s(found: Timeline, phase: str) -> float:
+    """Seconds of a rank in it. Of ranks that wait for each other now in one phase, now in the next, the longest
+    times would add up to more than passed."""
+    return sum(bar.end_s - bar.begin_s for bar in of_phase(found, phase)) / len(found.ranks)
 
 
 def late_rewards(found: Timeline, rounds: Sequence[Sequence[Bar]]) -> float:
