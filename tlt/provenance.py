@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -40,6 +41,21 @@ def git_commit() -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         return f"unknown ({error})"
     return shown.stdout.strip()
+
+
+def processor() -> str:
+    """Model of the CPU, as Linux names it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def measured_on() -> dict:
+    """What a table of measurements has to say: commit, command line, machine."""
+    return {
+        "commit": git_commit(), "command": sys.argv, "machine": platform.machine(), "cpus": os.cpu_count(),
+        "processor": processor(),
+    }  # fmt: skip
 
 
 def write_run_record(folder: Path, config: RunConfig, *, patches: list[str], world_size: int) -> None:

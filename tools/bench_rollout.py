@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -362,7 +361,7 @@ def main() -> int:
     except ValueError as error:
         print(f"bench_rollout.py: error: {error}", file=sys.stderr)
         return 2
-    from tlt.provenance import git_commit
+    from tlt.provenance import measured_on
 
     engines = {kind: Ranks(args, kind) for kind in sorted({kind_of(strategy) for strategy in strategies})}
     measured = [measure(args, workload, strategies, engines) for workload in workloads]
@@ -375,8 +374,7 @@ def main() -> int:
 
         write_recording(args.record, (rollout for _, recorded in measured for rollout in recorded))
     if args.json:
-        about = {
-            "commit": git_commit(), "command": sys.argv, "machine": platform.machine(), "cpus": os.cpu_count(),
+        about = measured_on() | {
             "ranks": args.ranks, "dtype": args.dtype, "drafts": args.drafts, "repetitions": args.repetitions,
         }  # fmt: skip
         args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

@@ -37,6 +37,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     },
     "timeline": set(),
     "simulation": BASE | {"drafter", "rollout", "spec", "spot", "timeline"},
+    "report": {"timeline"},
     "workload": set(),
     "spec": BASE,
     "spot": BASE | {"parallel", "protocols", "trace"},

@@ -9,13 +9,9 @@ from tlt.timeline import series
 from tlt.timeline.phases import Timeline
 from tlt.timeline.picture import COLOURS, rank_colours
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>$title</title>
-<style>
+STYLE = """
 body { font: 14px sans-serif; margin: 16px; color: #222; background: #fff; }
+h1 { font-size: 18px; }
 table { border-collapse: collapse; margin: 12px 0; }
 td, th { padding: 2px 12px 2px 0; text-align: right; }
 td:first-child, th:first-child { text-align: left; }
@@ -32,15 +28,26 @@ td:first-child, th:first-child { text-align: left; }
 .panel polyline { fill: none; stroke-width: 1.5; stroke-linecap: round; vector-effect: non-scaling-stroke; }
 .ticks { position: relative; overflow: hidden; height: 20px; border-top: 1px solid #222; font-size: 12px; }
 .ticks span { position: absolute; border-left: 1px solid #222; padding-left: 2px; }
-</style>
+"""
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>$title</title>
+<style>$style</style>
 </head>
 <body>
-<h1 style="font-size: 18px">$title</h1>
+<h1>$title</h1>
+$body
+</body>
+</html>
+""")
+GANTT = Template("""<section>
 <p>Zoom in time:
 <input type="range" min="0" max="8" step="0.1" value="0" style="width: 300px; vertical-align: middle"
- oninput="document.getElementById('time').style.width = 100 * 2 ** this.value + '%'">
+ oninput="this.closest('section').querySelector('.time').style.width = 100 * 2 ** this.value + '%'">
 The pointer on a bar shows its times.</p>
-<div class="view"><div class="time" id="time">
+<div class="view"><div class="time">
 <div style="height: 18px"></div>
 $rows
 $panels
@@ -52,8 +59,7 @@ $boundaries
 <tr><th>seconds</th>$rank_heads</tr>
 $table
 </table>
-</body>
-</html>
+</section>
 """)
 NUM_TICKS = 40
 Point = tuple[float, float]
@@ -62,9 +68,13 @@ Point = tuple[float, float]
 
 def page(timeline: Timeline, *, title: str) -> str:
     """The whole file."""
+    return PAGE.substitute(title=html.escape(title), style=STYLE, body=gantt(timeline))
+
+
+def gantt(timeline: Timeline) -> str:
+    """A section of a page that has STYLE."""
     colours = dict(zip(timeline.ranks, rank_colours(len(timeline.ranks)), strict=True))
-    return PAGE.substitute(
-        title=html.escape(title),
+    return GANTT.substitute(
         rows="\n".join(row(timeline, rank) for rank in timeline.ranks),
         panels="\n".join(panels(timeline, colours)),
         ticks=ticks(timeline),
