@@ -73,12 +73,12 @@ class Inputs:
     Raises ValueError naming the flag or file.
     """
 
-    def __init__(self, config: RunConfig, *, world_size: int):
+    def __init__(self, config: RunConfig, *, world_size: int, ranks_per_node: int):
         from transformers import AutoTokenizer
 
         training, rollout = config.training, config.rollout
         self.hf_config = read_hf_config(config.model.hf_model)
-        check(config, world_size=world_size, hf_config=self.hf_config)
+        check(config, world_size=world_size, ranks_per_node=ranks_per_node, hf_config=self.hf_config)
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.hf_model)
         context = rollout.max_model_len or self.hf_config["max_position_embeddings"]
         builder = PromptBuilder(

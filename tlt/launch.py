@@ -12,6 +12,11 @@ from typing import Any
 from tlt.arguments import parse
 
 
+def ranks_per_node(world_size: int) -> int:
+    """Ranks of each machine, as torchrun says; all of them where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
 def prepare(
     argv: Sequence[str], *, program: str, description: str, config_class: type,
     read_inputs: Callable[[Any, int], Any],

@@ -95,7 +95,7 @@ def test_a_bad_flag_is_named(flags, part):
 def test_what_does_not_fit_together_is_named(flags, world_size, part):
     defaults = ["--rollout-max-response-tokens", "16"]
     with pytest.raises(ValueError, match=".") as caught:
-        check(parse([*REQUIRED, *defaults, *flags], ""), world_size=world_size, hf_config=HF)
+        check(parse([*REQUIRED, *defaults, *flags], ""), world_size=world_size, ranks_per_node=world_size, hf_config=HF)
     assert part in str(caught.value)
     assert flags[0] in str(caught.value)
 
