@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, check, build, train. Bad input: one line on rank 0's standard error and exit status 2 on every rank."""
+    """Parse, check, build, train. Bad input: a line on each node's standard error, exit status 2 on every rank."""
     from tlt.config import RunConfig
     from tlt.launch import prepare, ranks_per_node
 

@@ -77,8 +77,8 @@ class Footprint:
 
 
 ADVICE = (
-    "more ranks, a larger --tensor-model-parallel-size or --pipeline-model-parallel-size, --use-distributed-optimizer, "
-    "--sequence-parallel or --recompute-granularity full need less",
+    "more ranks, a larger --tensor-model-parallel-size or --pipeline-model-parallel-size, "
+    "--use-distributed-optimizer, --sequence-parallel or --recompute-granularity full need less",
     *["a smaller --rollout-gpu-memory-utilization or a larger --tensor-model-parallel-size needs less"] * 2,
 )
 """For each of PHASES."""
