@@ -98,7 +98,13 @@ def test_files_and_functions_are_short_and_files_say_what_they_are(path):
             assert node.end_lineno - node.lineno + 1 <= 70, node.name
 
 
-SCRIPTS = [*ROOT.glob("examples/**/*.sh"), *ROOT.glob("tools/*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"]
+SCRIPTS = [
+    *ROOT.glob("examples/**/*.sh"),
+    *ROOT.glob("benchmarks/*.sh"),
+    *ROOT.glob("tools/*.sh"),
+    ROOT / "tests/run.sh",
+    ROOT / ".ci/run",
+]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
