@@ -56,7 +56,7 @@ from tlt.run_state import (
     read_speculation,
     read_state,
     read_tail_state,
-    require_shared,
+    shared_folder,
 )
 from tlt.spot.board import TailBoard
 from tlt.spot.training import NoSpotTraining, SpotTraining
@@ -167,8 +167,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
     parallel = process_groups.initialize(
         config.model, timeout=timedelta(minutes=config.training.distributed_timeout_minutes)
     )
-    save = Path(config.training.save)
-    require_shared(save, parallel)
+    save = shared_folder(Path(config.training.save), parallel)
     trace = Trace(save / "trace", parallel.rank)
     if parallel.rank == 0:
         write_run_record(save, config, patches=patches, world_size=parallel.world_size)

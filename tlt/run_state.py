@@ -123,8 +123,8 @@ def read_speculation(checkpoint: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def require_shared(folder: Path, parallel: Parallel, *, patience_s: float = 90.0) -> None:
-    """RuntimeError where a rank does not see within `patience_s` what rank 0 writes into the run's folder.
+def shared_folder(folder: Path, parallel: Parallel, *, patience_s: float = 90.0) -> Path:
+    """The run's folder, made; RuntimeError where a rank does not see within `patience_s` what rank 0 writes into it.
 
     Network file systems remember for a while that a folder was not there. Collective over all ranks; all must call.
     """
@@ -142,6 +142,7 @@ def require_shared(folder: Path, parallel: Parallel, *, patience_s: float = 90.0
     blind = sorted({host for each, host in seen if not each})
     if blind:
         raise RuntimeError(f"--save {folder} must be a folder that all nodes share; on {', '.join(blind)} it is not")
+    return folder
 
 
 def claim(folder: Path) -> TextIO:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from megatron_patches import apply_patches
 from tests.distributed.ranks import run_ranks
@@ -91,6 +92,7 @@ def _activations(rank: int, world_size: int, shallow: Path, deep: Path) -> None:
         for folder in (shallow, deep):
             trainer = make_trainer(folder, recompute=recompute)
             found[folder] = saved_bytes(trainer, num_tokens)
+            parallel_state.destroy_model_parallel()
             shards = shards_of(trainer, folder, OptimizerConfig())
         said = policy.activation_bytes(shards, 0, num_tokens=num_tokens)
         if recompute == "full":

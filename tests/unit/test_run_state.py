@@ -8,7 +8,7 @@ import torch
 
 from tlt.build import check_saved_head
 from tlt.drafter.history import SuffixHistory
-from tlt.run_state import claim, read_history, require_shared, write_history
+from tlt.run_state import claim, read_history, shared_folder, write_history
 
 
 def test_a_folder_is_claimed_until_its_holder_ends(tmp_path):
@@ -45,9 +45,9 @@ class Node:
 
 
 def test_a_folder_that_nodes_do_not_share_is_refused(tmp_path):
-    require_shared(tmp_path / "run", Node(tmp_path / "run"))
+    assert shared_folder(tmp_path / "run", Node(tmp_path / "run")) == tmp_path / "run"
     with pytest.raises(RuntimeError, match=f"must be a folder that all nodes share; on {socket.gethostname()} it is"):
-        require_shared(tmp_path / "own", Node(tmp_path / "run"), patience_s=0.3)
+        shared_folder(tmp_path / "own", Node(tmp_path / "run"), patience_s=0.3)
 
 
 @pytest.mark.parametrize("num_responses", [0, 7])
