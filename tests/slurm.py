@@ -82,8 +82,8 @@ class Slurm:
     def environment(self, job_id: int, **variables: str) -> dict[str, str]:
         return {
             **os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-9]",
-            "SLURM_JOB_NUM_NODES": str(self.num_nodes), "SLURM_JOB_ID": str(job_id), "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_ON_NODE": "2",
-            "SLURM_REQUEUED": str(self.requeued), "OMP_NUM_THREADS": "1", **variables,
+            "SLURM_JOB_NUM_NODES": str(self.num_nodes), "SLURM_JOB_ID": str(job_id), "SLURM_GPUS_ON_NODE": "1",
+            "SLURM_CPUS_ON_NODE": "2", "SLURM_REQUEUED": str(self.requeued), "OMP_NUM_THREADS": "1", **variables,
         }  # fmt: skip
 
     def sbatch(self, script: Path, *flags: str, **variables: str) -> subprocess.Popen:
