@@ -7,10 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
-from tools.single_process import start_layout  # noqa: E402
+from tools.single_process import dtype_of  # noqa: E402
 
 
 def find_checkpoint(load: Path) -> Path:
@@ -26,15 +24,13 @@ def find_checkpoint(load: Path) -> Path:
 def convert(load: Path, hf_model: Path, out: Path) -> None:
     """Write `out` with the weights of the checkpoint and the config and tokenizer of `hf_model`."""
     from tlt.config import read_hf_config, require
-    from tlt.weight_sync.hf_directory import write_hf_directory
-    from tlt.weight_sync.stored import stored_hf_tensors
+    from tlt.weight_sync.hf_directory import write_directory
+    from tlt.weight_sync.stored import StoredWeights
 
     hf_config = read_hf_config(str(hf_model))
     require(not out.exists(), "--out", str(out), "a folder that does not exist yet")
     checkpoint = find_checkpoint(load)
-    parallel, model = start_layout(hf_model, hf_config, tp=1, pp=1)
-    tensors = stored_hf_tensors(checkpoint, hf_config, dtype=torch.bfloat16 if model.bf16 else torch.float32)
-    write_hf_directory(out, tensors, like=hf_model, parallel=parallel)
+    write_directory(out, StoredWeights(checkpoint, hf_config, dtype=dtype_of(hf_config)).hf_tensors(), like=hf_model)
     print(f"wrote {out} from {checkpoint}")
 
 

@@ -10,8 +10,10 @@ import torch
 
 from tests.e2e.runs import run_forked
 from tests.tiny_models import write_tiny_model
+from tlt.config import read_hf_config
 from tlt.weight_sync.gather import HfDirectory
-from tlt.weight_sync.hf_directory import write_hf_directory
+from tlt.weight_sync.hf_directory import write_directory
+from tlt.weight_sync.stored import StoredWeights
 
 pytestmark = pytest.mark.megatron
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -67,20 +69,11 @@ def test_there_and_back_is_bit_exact(tmp_path, kind, dtype, there):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 
 
-class Alone:
-    """The one rank."""
-
-    rank = 0
-
-    def barrier(self) -> None:
-        """No one to wait for."""
-
-
 def test_a_large_model_is_written_in_files_that_transformers_loads(tiny_models, tmp_path):
     source = tiny_models["qwen2"]
     original = HfDirectory(source).owner
     tensors = ((name, file.get_tensor(name)) for name, file in original.items())
-    write_hf_directory(tmp_path / "out", tensors, like=source, parallel=Alone(), file_bytes=300_000)
+    write_directory(tmp_path / "out", tensors, like=source, file_bytes=300_000)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3
     assert all(path.stat().st_size < 310_000 for path in files)  # 300,000 and a header; no tensor is larger
@@ -96,6 +89,18 @@ def test_a_large_model_is_written_in_files_that_transformers_loads(tiny_models, 
     files[1].unlink()
     with pytest.raises(ValueError, match=f"names {files[1].name}, which it does not hold"):
         HfDirectory(tmp_path / "out")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_models, tmp_path):
+    small = write_tiny_model("llama", tmp_path, num_hidden_layers=2)
+    assert run("convert_hf_to_mcore.py", "--hf-model", small, "--save", tmp_path / "run").returncode == 0
+    stored = StoredWeights(
+        tmp_path / "run/iter_0000000", read_hf_config(str(tiny_models["llama"])), dtype=torch.float32
+    )
+    with pytest.raises(
+        ValueError, match=r"should be an array of \(4, 128\) for this model, there is one of \(2, 128\)"
+    ):
+        dict(stored.hf_tensors())
 
 
 def test_bad_arguments_are_refused(tiny_models, tmp_path):

@@ -13,7 +13,8 @@ from tlt.rehearsal import rehearse
 
 def config_of(folder, *flags: str) -> RunConfig:
     required = ["--hf-model", str(folder), "--save", "s", "--data-train", "reasoning-gym:chain_sum"]
-    return parse([*required, "--rollout-max-model-len", "4096", "--dry-run-gpu-gib", "79", *flags], "")
+    sizes = ["--rollout-max-model-len", "4096", "--dry-run-gpu-gib", "79", "--tensor-model-parallel-size", "4"]
+    return parse([*required, *sizes, "--use-distributed-optimizer", *flags], "")
 
 
 def test_the_table_and_what_was_not_checked_are_said(tmp_path, caplog):
@@ -33,11 +34,11 @@ def test_the_table_and_what_was_not_checked_are_said(tmp_path, caplog):
         (["--spec-drafter", "absent"], ["--spec-drafter", "absent"]),
         (["--tensor-model-parallel-size", "8"], ["28 attention heads", "got 8"]),
         (["--rollout-tensor-parallel-size", "2"], ["ranks of a node (1)", "got 2"]),
-        (["--dry-run-gpu-gib", "8"], ["--dry-run-gpu-gib (8.0)"]),
+        (["--dry-run-gpu-gib", "32"], ["--dry-run-gpu-gib (32.0)"]),
     ],
 )
 def test_what_would_not_do_is_named(tmp_path, flags, parts):
-    config = config_of(write_config("qwen2.5_7b", tmp_path), "--use-distributed-optimizer", *flags)
+    config = config_of(write_config("qwen2.5_7b", tmp_path), *flags)
     with pytest.raises(ValueError, match=".") as caught:
         rehearse(config, world_size=8, ranks_per_node=1)
     for part in parts:

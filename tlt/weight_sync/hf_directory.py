@@ -26,23 +26,29 @@ FILE_BYTES = 5 * 10**9
 
 
 def write_hf_directory(
-    out: Path, named_tensors: Iterable[tuple[str, torch.Tensor]], *, like: Path, parallel: Parallel,
-    file_bytes: int = FILE_BYTES,
-) -> None:  # fmt: skip
-    """Write `out`, complete or not at all, with config and tokenizer of `like`. Collective over all ranks."""
-    if parallel.rank != 0:
-        for _ in named_tensors:
-            pass
+    out: Path, named_tensors: Iterable[tuple[str, torch.Tensor]], *, like: Path, parallel: Parallel
+) -> None:
+    """Write `out` on rank 0 as `write_directory` does. Collective over all ranks."""
+    if parallel.rank == 0:
+        write_directory(out, named_tensors, like=like)
     else:
-        partial = out.with_name(out.name + ".tmp")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_tensors(partial, named_tensors, file_bytes=file_bytes)
-        for pattern in COPIED:
-            for path in like.glob(pattern):
-                shutil.copy(path, partial / path.name)
-        partial.rename(out)
+        for _ in named_tensors:  # gathering them takes all ranks
+            pass
     parallel.barrier()
+
+
+def write_directory(
+    out: Path, named_tensors: Iterable[tuple[str, torch.Tensor]], *, like: Path, file_bytes: int = FILE_BYTES
+) -> None:
+    """Write `out`, complete or not at all, with config and tokenizer of `like`."""
+    partial = out.with_name(out.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_tensors(partial, named_tensors, file_bytes=file_bytes)
+    for pattern in COPIED:
+        for path in like.glob(pattern):
+            shutil.copy(path, partial / path.name)
+    partial.rename(out)
 
 
 def write_tensors(folder: Path, named_tensors: Iterable[tuple[str, torch.Tensor]], *, file_bytes: int) -> None:
