@@ -98,10 +98,12 @@ def _activations(rank: int, world_size: int, shallow: Path, deep: Path) -> None:
         if recompute == "full":
             said -= int(num_tokens * policy.layer_token_bytes(shards))  # exists in the backward pass only
         measured = (found[deep] - found[shallow]) / (num_layers - 1) * num_layers
-        # The local layers make the rotary embedding's tables anew in each layer, which is most of the difference.
-        assert said == pytest.approx(measured, rel=0.15), recompute
+        if recompute == "none":  # local layers on a CPU: norms in two steps, attention's sequences laid together
+            hidden, heads, dim = 128, 4, 32
+            said += num_layers * num_tokens * 4 * (2 * hidden + heads * dim + heads + 2)
+        assert said == pytest.approx(measured, rel=1e-3), recompute
 
 
-def test_activations_of_a_layer_are_about_as_large_as_said(tmp_path):
+def test_activations_are_what_autograd_keeps(tmp_path):
     shallow, deep = (write_tiny_model("qwen2", tmp_path / str(n), num_hidden_layers=n) for n in (1, 4))
     run_ranks(_activations, 1, shallow, deep)

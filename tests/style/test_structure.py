@@ -42,7 +42,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "drafter": BASE | {"disk", "spec"},
     "sft": BASE | {"data", "interrupt", "metrics", "parallel", "policy", "progress", "run_state", "trace"},
     "launch": {"arguments"},
-    "footprint": {"config", "rl", "spec", "weight_sync"},
+    "footprint": {"config", "rl", "rollout", "weight_sync"},
     "rehearsal": {"build", "config", "data", "footprint", "rollout"},
     "build": None,  # knows all classes
     "__init__": set(),

@@ -81,17 +81,19 @@ def optimizer_bytes(shards: PolicyShards, stage: int) -> int:
 def layer_token_bytes(shards: PolicyShards) -> float:
     """What one layer keeps of a token for its backward pass, without recomputation.
 
-    Counted as in arXiv 2205.05198 (table 2) for this network with an attention that keeps no matrix and without
-    dropout: input and output of both norms [H] each, query, key, value and attention output, gate and up projection,
-    the activated gate and its product with up [F each]. Sequence parallelism shards the norms too.
+    Counted as in arXiv 2205.05198 for Megatron's code of this network, with an attention that keeps no matrix: input and
+    output of both norms [H]; cosine and sine for query and key; query and key before and after rotation, value and
+    attention output; gate and up projection, up again (an offset is added to it), the activated gate and its product
+    with up [F]. Sequence parallelism shards the norms too.
     """
     config, tp = shards.hf_config, shards.tp_size
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     norms = 4 * config["hidden_size"] / (tp if shards.model.sequence_parallel else 1)
-    attention = 2 * (heads + kv_heads) * head_dim(config) / tp
-    mlp = 4 * config["intermediate_size"] / tp
-    return (norms + attention + mlp) * shards.item_bytes
+    tables = 4 * head_dim(config)
+    attention = 3 * (heads + kv_heads) * head_dim(config) / tp
+    mlp = 5 * config["intermediate_size"] / tp
+    return (norms + tables + attention + mlp) * shards.item_bytes
 
 
 def activation_bytes(shards: PolicyShards, stage: int, *, num_tokens: int) -> int:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from tlt.config import RunConfig, require
 from tlt.footprint import policy
 from tlt.footprint.engine import Drafters, EngineFootprint, engine_footprint
+from tlt.rollout.vllm.engine import SYNCS_PER_FULL_CHECK
 
 GIB = 2**30
 RESERVE = 4 * GIB
 """Of a GPU: CUDA context, NCCL's buffers, workspaces, captured graphs, fragmentation. Assumed, not measured."""
-SYNC_SAMPLE = 8
-"""A weight sync keeps one full weight in so many until it has been compared with the engine's."""
 PHASES = ("update", "rollout", "weight sync")
 
 
@@ -154,6 +153,7 @@ def stage_rows(config: RunConfig, shards: policy.PolicyShards, found: Footprint,
 
 
 def sync_bytes(shards: policy.PolicyShards) -> int:
-    """Full tensors on a rank at a time: the largest one twice, and what is compared afterwards."""
+    """Full tensors on a rank at a time: the largest one twice, and those that are kept until they are compared with the
+    engine's: the embedding, and one weight in SYNCS_PER_FULL_CHECK."""
     sizes = [policy.num_entries(weight) for weight in policy.table_of(shards.hf_config)]
-    return shards.item_bytes * (2 * max(sizes) + sizes[0] + sum(sizes) // SYNC_SAMPLE)
+    return shards.item_bytes * (2 * max(sizes) + sizes[0] + sum(sizes) // SYNCS_PER_FULL_CHECK)
