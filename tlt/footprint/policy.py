@@ -81,10 +81,10 @@ def optimizer_bytes(shards: PolicyShards, stage: int) -> int:
 def layer_token_bytes(shards: PolicyShards) -> float:
     """What one layer keeps of a token for its backward pass, without recomputation.
 
-    Counted as in arXiv 2205.05198 for Megatron's code of this network, with an attention that keeps no matrix: input and
-    output of both norms [H]; cosine and sine for query and key; query and key before and after rotation, value and
-    attention output; gate and up projection, up again (an offset is added to it), the activated gate and its product
-    with up [F]. Sequence parallelism shards the norms too.
+    Counted as in arXiv 2205.05198 for Megatron's code of this network, with an attention that keeps no matrix: input
+    and output of both norms [H]; cosine and sine for query and key; query and key before and after rotation, value
+    and attention output; gate and up projection, up again (an offset is added to it), the activated gate and its
+    product with up [F]. Sequence parallelism shards the norms too.
     """
     config, tp = shards.hf_config, shards.tp_size
     heads = config["num_attention_heads"]

@@ -153,7 +153,7 @@ def stage_rows(config: RunConfig, shards: policy.PolicyShards, found: Footprint,
 
 
 def sync_bytes(shards: policy.PolicyShards) -> int:
-    """Full tensors on a rank at a time: the largest one twice, and those that are kept until they are compared with the
-    engine's: the embedding, and one weight in SYNCS_PER_FULL_CHECK."""
+    """Full tensors on a rank at a time: the largest one twice, and those that are kept until they are compared with
+    the engine's: the embedding, and one weight in SYNCS_PER_FULL_CHECK."""
     sizes = [policy.num_entries(weight) for weight in policy.table_of(shards.hf_config)]
     return shards.item_bytes * (2 * max(sizes) + sizes[0] + sum(sizes) // SYNCS_PER_FULL_CHECK)
