@@ -57,6 +57,7 @@ from tlt.run_state import (
     read_speculation,
     read_state,
     read_tail_state,
+    shared_folder,
 )
 from tlt.spot.board import TailBoard
 from tlt.spot.training import NoSpotTraining, SpotTraining
@@ -74,12 +75,12 @@ class Inputs:
     Raises ValueError naming the flag or file.
     """
 
-    def __init__(self, config: RunConfig, *, world_size: int):
+    def __init__(self, config: RunConfig, *, world_size: int, ranks_per_node: int):
         from transformers import AutoTokenizer
 
         training, rollout = config.training, config.rollout
         self.hf_config = read_hf_config(config.model.hf_model)
-        check(config, world_size=world_size, hf_config=self.hf_config)
+        check(config, world_size=world_size, ranks_per_node=ranks_per_node, hf_config=self.hf_config)
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.hf_model)
         context = rollout.max_model_len or self.hf_config["max_position_embeddings"]
         builder = PromptBuilder(
@@ -170,7 +171,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
     parallel = process_groups.initialize(
         config.model, timeout=timedelta(minutes=config.training.distributed_timeout_minutes)
     )
-    save = Path(config.training.save)
+    save = shared_folder(Path(config.training.save), parallel)
     trace = Trace(save / "trace", parallel.rank)
     if parallel.rank == 0:
         write_run_record(save, config, patches=patches, world_size=parallel.world_size)

@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM ask the run to save and stop; ranks agree on it where they meet anyway."""
+"""SIGINT, SIGTERM and SIGUSR1 ask the run to save and stop; ranks agree on it where they meet anyway.
+
+SIGUSR1 is what examples/slurm/train.sbatch sends: torchrun ends its ranks 30 s after a SIGTERM of its own.
+"""
 
 import logging
 import signal
@@ -21,8 +24,8 @@ class Interrupt:
         self.is_held = False
 
     def install(self) -> None:
-        """Catch SIGINT and SIGTERM of this process from here on."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Catch the signals to this process from here on."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

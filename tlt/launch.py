@@ -1,4 +1,4 @@
-"""How a program under torchrun begins: logging, flags, checks; bad input is one line on rank 0, status 2 on all."""
+"""How a program under torchrun begins: logging, flags, checks; bad input is one line on each node, status 2 on all."""
 
 import dataclasses
 import json
@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tlt.arguments import parse
+
+
+def ranks_per_node(world_size: int) -> int:
+    """Ranks of each machine, as torchrun says; all of them where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def prepare(
@@ -34,7 +39,7 @@ def prepare(
             raise ValueError(f"start with torchrun: torchrun --nproc_per_node N {program} ... (or use --dry-run)")
         inputs = read_inputs(config, world_size)
     except ValueError as error:
-        if rank == 0:
+        if int(os.environ.get("LOCAL_RANK", rank)) == 0:  # what is wrong may be wrong on one node only
             sys.stderr.write(f"{Path(program).name}: error: {error}\n")
         return 2
     logger.info("config %s", json.dumps(dataclasses.asdict(config), indent=1))

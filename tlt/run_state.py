@@ -6,11 +6,15 @@ Layout (Megatron's names): `<save>/iter_0000012/` with the policy in torch_dist 
 """
 
 import dataclasses
+import errno
 import fcntl
 import json
 import logging
 import re
+import secrets
 import shutil
+import socket
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -119,10 +123,33 @@ def read_speculation(checkpoint: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def shared_folder(folder: Path, parallel: Parallel, *, patience_s: float = 90.0) -> Path:
+    """The run's folder, made; RuntimeError where a rank does not see within `patience_s` what rank 0 writes into it.
+
+    Network file systems remember for a while that a folder was not there. Collective over all ranks; all must call.
+    """
+    name = parallel.all_gather_objects(f".shared-{secrets.token_hex(8)}")[0]
+    if parallel.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    parallel.barrier()
+    deadline = time.monotonic() + patience_s
+    while not (is_seen := (folder / name).exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    seen = parallel.all_gather_objects((is_seen, socket.gethostname()))
+    if parallel.rank == 0:
+        (folder / name).unlink()
+    blind = sorted({host for each, host in seen if not each})
+    if blind:
+        raise RuntimeError(f"--save {folder} must be a folder that all nodes share; on {', '.join(blind)} it is not")
+    return folder
+
+
 def claim(folder: Path) -> TextIO:
     """Hold the run's folder for as long as the returned file is open; RuntimeError if another process holds it.
 
-    Ranks outlive a torchrun that is killed outright, and would go on writing beside the run that resumes theirs.
+    Ranks outlive a torchrun that is killed outright, and would go on writing beside the run that resumes theirs. A
+    file system without locks protects nothing, which is said.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "run.lock").open("a")
@@ -130,6 +157,10 @@ def claim(folder: Path) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise RuntimeError(f"--save {folder} is in use by another run that is still alive; end it first") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        logger.warning("--save %s: its file system has no locks (%s): never start two runs there", folder, error)
     return file
 
 

@@ -124,7 +124,10 @@ def engine_of(args: argparse.Namespace, kind: str):
     from tlt.rollout.vllm.speculation import read_spec_plan
 
     hf_config = read_hf_config(args.model)
-    rollout = RolloutConfig(max_model_len=args.max_model_len, max_response_tokens=args.max_tokens)
+    rollout = RolloutConfig(
+        max_model_len=args.max_model_len, max_response_tokens=args.max_tokens,
+        gpu_memory_utilization=0.85 / len(kinds(args)),  # all kinds of engines share the GPU
+    )  # fmt: skip
     spec = spec_config(args) if kind == SPECULATIVE else SpecConfig()
     plan = read_spec_plan(spec, target_config=hf_config, dtype=getattr(torch, args.dtype), tp_size=1)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -140,6 +143,10 @@ def engine_of(args: argparse.Namespace, kind: str):
 def kind_of(strategy: str) -> str:
     """The engine that runs it: one for `plain`, one for each of vLLM's own, one for all of ours."""
     return strategy if strategy == PLAIN or strategy.startswith(PREFIX) else SPECULATIVE
+
+
+def kinds(args: argparse.Namespace) -> list[str]:
+    return sorted({kind_of(strategy) for strategy in args.strategies.split(",")})
 
 
 def spec_config(args: argparse.Namespace):
@@ -363,7 +370,7 @@ def main() -> int:
         return 2
     from tlt.provenance import measured_on
 
-    engines = {kind: Ranks(args, kind) for kind in sorted({kind_of(strategy) for strategy in strategies})}
+    engines = {kind: Ranks(args, kind) for kind in kinds(args)}
     measured = [measure(args, workload, strategies, engines) for workload in workloads]
     rows = [one for rows, _ in measured for one in rows]
     for ranks in engines.values():

@@ -1,11 +1,14 @@
-"""Megatron checkpoint (torch_dist, written at any parallel layout) -> Hugging Face directory."""
+"""Megatron checkpoint (torch_dist, written at any parallel layout) -> Hugging Face directory.
+
+One process is enough for any model: a layer and one output file are in memory at a time.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
-from tools.single_process import layout_flags, start_layout  # noqa: E402
+from tools.single_process import dtype_of  # noqa: E402
 
 
 def find_checkpoint(load: Path) -> Path:
@@ -18,29 +21,17 @@ def find_checkpoint(load: Path) -> Path:
     return found[-1]
 
 
-def convert(load: Path, hf_model: Path, out: Path, *, tp: int, pp: int) -> None:
-    """Write `out` with the weights of the checkpoint and the config and tokenizer of `hf_model`.
-
-    Collective over all ranks; all must call.
-    """
-    from megatron.core import dist_checkpointing
-
+def convert(load: Path, hf_model: Path, out: Path) -> None:
+    """Write `out` with the weights of the checkpoint and the config and tokenizer of `hf_model`."""
     from tlt.config import read_hf_config, require
-    from tlt.policy.model import build_policy_model, uses_transformer_engine
-    from tlt.weight_sync.gather import PolicyWeights
-    from tlt.weight_sync.hf_directory import write_hf_directory
+    from tlt.weight_sync.hf_directory import write_directory
+    from tlt.weight_sync.stored import StoredWeights
 
     hf_config = read_hf_config(str(hf_model))
     require(not out.exists(), "--out", str(out), "a folder that does not exist yet")
     checkpoint = find_checkpoint(load)
-    parallel, model = start_layout(hf_model, hf_config, tp=tp, pp=pp)
-    stage = build_policy_model(hf_config, model, parallel)
-    state = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(checkpoint))
-    stage.load_state_dict(state["model"])
-    weights = PolicyWeights(stage, hf_config, parallel, transformer_engine=uses_transformer_engine(model))
-    write_hf_directory(out, weights.hf_tensors(), like=hf_model, parallel=parallel)
-    if parallel.rank == 0:
-        print(f"wrote {out} from {checkpoint}")
+    write_directory(out, StoredWeights(checkpoint, hf_config, dtype=dtype_of(hf_config)).hf_tensors(), like=hf_model)
+    print(f"wrote {out} from {checkpoint}")
 
 
 def main() -> int:
@@ -48,16 +39,9 @@ def main() -> int:
     parser.add_argument("--load", type=Path, required=True, help="checkpoint (iter_*) or run folder (its newest)")
     parser.add_argument("--hf-model", type=Path, required=True, help="directory whose config and tokenizer to take")
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
-    layout_flags(parser)
     args = parser.parse_args()
     try:
-        convert(
-            args.load,
-            args.hf_model,
-            args.out,
-            tp=args.tensor_model_parallel_size,
-            pp=args.pipeline_model_parallel_size,
-        )
+        convert(args.load, args.hf_model, args.out)
     except ValueError as error:
         print(f"convert_mcore_to_hf.py: error: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import tempfile
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 
@@ -17,6 +18,15 @@ def layout_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def dtype_of(hf_config: dict) -> torch.dtype:
+    """Of a model's weights, as its config.json says; ValueError for others than ours."""
+    from tlt.config import require
+
+    dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    require(dtype in ("bfloat16", "float32"), "--hf-model", dtype, "a model in bfloat16 or float32")
+    return getattr(torch, dtype)
+
+
 def start_layout(hf_model: Path, hf_config: dict, *, tp: int, pp: int):
     """(Parallel, ModelConfig) in the dtype of the model; outside torchrun a world of this process alone.
 
@@ -26,8 +36,7 @@ def start_layout(hf_model: Path, hf_config: dict, *, tp: int, pp: int):
     from tlt import parallel
     from tlt.config import ModelConfig, require
 
-    dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
-    require(dtype in ("bfloat16", "float32"), "--hf-model", dtype, "a model in bfloat16 or float32")
+    dtype = dtype_of(hf_config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     require(
         tp * pp == world_size,
@@ -39,7 +48,7 @@ def start_layout(hf_model: Path, hf_config: dict, *, tp: int, pp: int):
         hf_model=str(hf_model),
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
-        bf16=dtype == "bfloat16",
+        bf16=dtype == torch.bfloat16,
     )
     apply_patches()
     if world_size == 1 and not dist.is_initialized():

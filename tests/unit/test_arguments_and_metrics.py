@@ -30,6 +30,7 @@ HF = {
     "num_key_value_heads": 4,
     "num_hidden_layers": 6,
     "vocab_size": 96,
+    "intermediate_size": 6,
     "max_position_embeddings": 128,
 }
 
@@ -87,15 +88,18 @@ def test_a_bad_flag_is_named(flags, part):
         (["--tensor-model-parallel-size", "8"], 8, "4 key-value heads"),
         (["--pipeline-model-parallel-size", "4"], 4, "6 layers"),
         (["--tensor-model-parallel-size", "2"], 3, "world size (3 ranks)"),
+        (["--tensor-model-parallel-size", "4"], 4, "feed-forward width of 6"),
         (["--rollout-tensor-parallel-size", "2"], 3, "world size (3 ranks)"),
+        (["--rollout-tensor-parallel-size", "8"], 8, "ranks of a node (4)"),
         (["--rollout-max-response-tokens", "128"], 1, "context length of 128"),
         (["--rollout-max-model-len", "129"], 1, "context of 128"),
     ],
 )
 def test_what_does_not_fit_together_is_named(flags, world_size, part):
     defaults = ["--rollout-max-response-tokens", "16"]
+    config = parse([*REQUIRED, *defaults, *flags], "")
     with pytest.raises(ValueError, match=".") as caught:
-        check(parse([*REQUIRED, *defaults, *flags], ""), world_size=world_size, hf_config=HF)
+        check(config, world_size=world_size, ranks_per_node=min(world_size, 4), hf_config=HF)
     assert part in str(caught.value)
     assert flags[0] in str(caught.value)
 

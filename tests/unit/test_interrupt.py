@@ -3,22 +3,25 @@
 import os
 import signal
 
+import pytest
+
 from tlt.interrupt import Interrupt
 
 
-def test_a_signal_asks_to_stop_but_not_while_held():
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_asks_to_stop_but_not_while_held(number):
+    previous = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         interrupt = Interrupt()
         interrupt.install()
         assert not interrupt.is_requested()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert interrupt.requested
         assert interrupt.is_requested()
         with interrupt.held():
             assert not interrupt.is_requested()
         assert interrupt.is_requested()
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "a second signal ends the process"
+        assert signal.getsignal(number) is signal.SIG_DFL, "a second signal ends the process"
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for each, handler in previous.items():
+            signal.signal(each, handler)

@@ -1,6 +1,7 @@
 """Scoring is exact; whatever a scorer does, the run goes on."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -65,6 +66,9 @@ def scripted(answer: dict, response: str) -> float:
         time.sleep(60)
     if response == "die":
         os._exit(3)
+    if response == "signal":
+        os.kill(os.getpid(), signal.SIGUSR1)
+        response = "good"
     if response == "raise":
         raise ValueError("weird response")
     return float(response == "good")
@@ -104,6 +108,12 @@ def test_hanging_dying_and_raising_scorers_cost_one_reward_each(pool):
     assert pool.stats()["reward/timeouts"] == 1
     assert pool.stats()["reward/errors"] == 2
     assert time.monotonic() - begin_s < 30
+
+
+def test_a_signal_to_all_processes_of_a_job_costs_no_reward(pool):
+    groups = [group("a", ["signal"])]
+    submit(pool, groups)
+    assert pool.collect(groups)[0].rewards == (1.0,)
 
 
 def test_a_response_that_was_not_submitted_is_an_error(pool):

@@ -1,11 +1,14 @@
 """A run's folder belongs to one run at a time; the history of responses goes with its checkpoints."""
 
+import errno
+import socket
+
 import pytest
 import torch
 
 from tlt.build import check_saved_head
 from tlt.drafter.history import SuffixHistory
-from tlt.run_state import claim, read_history, write_history
+from tlt.run_state import claim, read_history, shared_folder, write_history
 
 
 def test_a_folder_is_claimed_until_its_holder_ends(tmp_path):
@@ -14,6 +17,37 @@ def test_a_folder_is_claimed_until_its_holder_ends(tmp_path):
         claim(tmp_path / "run")
     held.close()
     claim(tmp_path / "run").close()
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    claim(tmp_path / "run").close()
+    assert "has no locks" in caplog.text
+
+
+class Node:
+    """The second of two ranks, whose folder is rank 0's or one of its own."""
+
+    rank = 1
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def all_gather_objects(self, value):
+        return [".shared-of-rank-0", value] if isinstance(value, str) else [(True, "node0"), value]
+
+    def barrier(self):
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / ".shared-of-rank-0").touch()
+
+
+def test_a_folder_that_nodes_do_not_share_is_refused(tmp_path):
+    assert shared_folder(tmp_path / "run", Node(tmp_path / "run")) == tmp_path / "run"
+    with pytest.raises(RuntimeError, match=f"must be a folder that all nodes share; on {socket.gethostname()} it is"):
+        shared_folder(tmp_path / "own", Node(tmp_path / "run"), patience_s=0.3)
 
 
 @pytest.mark.parametrize("num_responses", [0, 7])

@@ -12,3 +12,13 @@ def rope_parameters(hf_config: dict) -> dict:
     rope.setdefault("rope_theta", hf_config.get("rope_theta", 10000.0))
     rope.setdefault("rope_type", rope.pop("type", "default"))
     return rope
+
+
+def supported_rope(hf_config: dict) -> dict:
+    """Rotary embedding settings that the policy's model has; ValueError for others."""
+    rope = rope_parameters(hf_config)
+    if rope["rope_type"] not in ("default", "llama3"):
+        raise ValueError(
+            f"--hf-model: rope_type {rope['rope_type']!r} is not supported; allowed are default and llama3"
+        )
+    return rope

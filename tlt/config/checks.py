@@ -20,14 +20,15 @@ def check_policy_layout(model: ModelConfig, *, world_size: int, hf_config: dict)
     )
     heads = hf_config["num_attention_heads"]
     kv_heads = hf_config.get("num_key_value_heads") or heads
-    layers, vocabulary = hf_config["num_hidden_layers"], hf_config["vocab_size"]
+    layers, vocabulary, width = (hf_config[k] for k in ("num_hidden_layers", "vocab_size", "intermediate_size"))
     require(heads % tp == 0, flag, tp, f"a divisor of the model's {heads} attention heads")
     require(kv_heads % tp == 0, flag, tp, f"a divisor of the model's {kv_heads} key-value heads")
     require(vocabulary % tp == 0, flag, tp, f"a divisor of the model's vocabulary of {vocabulary}")
+    require(width % tp == 0, flag, tp, f"a divisor of the model's feed-forward width of {width}")
     require(layers % pp == 0, "--pipeline-model-parallel-size", pp, f"a divisor of the model's {layers} layers")
 
 
-def check(config: RunConfig, *, world_size: int, hf_config: dict) -> None:
+def check(config: RunConfig, *, world_size: int, ranks_per_node: int, hf_config: dict) -> None:
     """Cross-component checks, before any process group exists. `hf_config` is the model's config.json."""
     rollout = config.rollout
     check_policy_layout(config.model, world_size=world_size, hf_config=hf_config)
@@ -35,6 +36,8 @@ def check(config: RunConfig, *, world_size: int, hf_config: dict) -> None:
     require(world_size % size == 0, flag, size, f"a divisor of the world size ({world_size} ranks)")
     heads = hf_config["num_attention_heads"]
     require(heads % size == 0, flag, size, f"a divisor of the model's {heads} attention heads")
+    # Ranks of a replica exchange tensors in every layer of every token; on CPUs they do so through shared memory.
+    require(ranks_per_node % size == 0, flag, size, f"a divisor of the ranks of a node ({ranks_per_node})")
     context = hf_config["max_position_embeddings"]
     if rollout.max_model_len is not None:
         require(

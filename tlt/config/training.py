@@ -27,7 +27,11 @@ class TrainingConfig:
     distributed_timeout_minutes: int = 10
     """Minutes until a collective that a rank does not reach raises instead of waiting on."""
     dry_run: bool = False
-    """Check the configuration, print it and stop before any model is built."""
+    """Check the configuration for the ranks that WORLD_SIZE names (LOCAL_WORLD_SIZE of them on a node), print it and
+    the memory it takes, and stop before any model is built. Of --hf-model a config.json is enough."""
+    dry_run_gpu_gib: float | None = None
+    """GiB of one GPU that --dry-run holds its estimate against; None takes this machine's first GPU, and without one
+    compares nothing."""
 
     def __post_init__(self):
         require(self.train_iters >= 0, "--train-iters", self.train_iters, "at least 0")
@@ -39,6 +43,12 @@ class TrainingConfig:
             "--distributed-timeout-minutes",
             self.distributed_timeout_minutes,
             "at least 1 minute",
+        )
+        require(
+            self.dry_run_gpu_gib is None or self.dry_run_gpu_gib > 0,
+            "--dry-run-gpu-gib",
+            self.dry_run_gpu_gib,
+            "above 0",
         )
 
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import unwrap_model
 
 from tlt.config import ModelConfig
-from tlt.config.architecture import head_dim, rope_parameters
+from tlt.config.architecture import head_dim, supported_rope
 from tlt.parallel import Parallel
 from tlt.policy.attention import PackedAttention
 from tlt.types import PackedMicroBatch
@@ -36,16 +36,6 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
             "--transformer-impl transformer_engine needs a GPU and the package transformer-engine; use local or auto"
         )
     return model.transformer_impl != "local" and installed and torch.cuda.is_available()
-
-
-def supported_rope(hf_config: dict) -> dict:
-    """Rotary embedding settings that Megatron's model has; ValueError for others."""
-    rope = rope_parameters(hf_config)
-    if rope["rope_type"] not in ("default", "llama3"):
-        raise ValueError(
-            f"--hf-model: rope_type {rope['rope_type']!r} is not supported; allowed are default and llama3"
-        )
-    return rope
 
 
 def transformer_config(hf_config: dict, model: ModelConfig) -> TransformerConfig:

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -16,6 +17,12 @@ from tlt.types import Prompt, Rollout, RolloutGroup
 logger = logging.getLogger(__name__)
 
 
+def ignore_stop_signal() -> None:
+    """A cluster signals all processes of a job, and its ranks finish what they are at before they stop: an evaluation
+    needs its scores."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 class RewardPool:
     """A response whose scoring hangs, crashes or raises gets reward 0, a warning and a count; the run goes on."""
 
@@ -23,7 +30,9 @@ class RewardPool:
         self.config = config
         self.scorer = scorer
         # spawn: a forked child would inherit the engine's threads and locks.
-        self.pool = ProcessPool(max_workers=config.workers, context=multiprocessing.get_context("spawn"))
+        self.pool = ProcessPool(
+            max_workers=config.workers, context=multiprocessing.get_context("spawn"), initializer=ignore_stop_signal
+        )
         self.pending: dict[tuple[str, int], ProcessFuture] = {}
         self._stats: dict[str, float] = {}
 

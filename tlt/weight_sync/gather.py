@@ -1,5 +1,6 @@
 """Weights of the policy's tensor and pipeline shards as full Hugging Face tensors, streamed; and the way back in."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from tlt.parallel import Parallel
+from tlt.weight_sync.hf_directory import INDEX
 from tlt.weight_sync.names import Weight, local_name, query_groups, shard, stage_of, unshard, weight_table
 
 
@@ -105,7 +107,7 @@ class HfDirectory:
 
         self.folder = folder
         self.owner = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             file = safe_open(str(path), framework="pt")
             self.owner |= dict.fromkeys(file.keys(), file)
         if not self.owner:
@@ -120,3 +122,15 @@ class HfDirectory:
                 f"--hf-model {self.folder}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}"
             )
         return tensor
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that the directory's index names, or all; ValueError where one of them did not come along."""
+    index = folder / INDEX
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"--hf-model {folder}: {INDEX} names {', '.join(missing)}, which it does not hold")
+    return [folder / name for name in names]

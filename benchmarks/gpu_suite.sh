@@ -1,0 +1,162 @@
+#!/usr/bin/env bash
+# Every measurement that needs a GPU, in stages that do not depend on each other: benchmarks/gpu_suite.sh [STAGE ...]
+# Without arguments all run. A stage that ended well for the same settings is not repeated, one that fails or takes
+# longer than LIMIT_S stops no other one, so that the suite can be called again and again for a few minutes each.
+#   OUT          folder of results, one a stage: STAGE.log, STAGE.status and what its tool writes
+#   MODEL_DIR    Hugging Face directory of the policy
+#   DRAFTER_DIR  EAGLE head of it; without one only drafters that look up are measured
+#   SOURCES      problems, as --data-train of pretrain_rl.py (default: sums of reasoning-gym)
+#   LIMIT_S      seconds of a stage (default 540)
+#   REDUCED      1: small counts, to see on a CPU that all of it runs; its figures mean nothing
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+stages=(environment parity lossless step_cost graphs rollout sync e2e)
+: "${OUT:?set OUT to the folder of results}"
+: "${MODEL_DIR:?set MODEL_DIR to the Hugging Face directory of the policy}"
+sources="${SOURCES:-reasoning-gym:chain_sum}"
+python="${PYTHON:-$root/.venv/bin/python}"
+reduced="${REDUCED:-0}"
+arms="$([[ -n "${DRAFTER_DIR:-}" ]] && echo eagle || echo suffix)"
+drafter=()
+[[ -n "${DRAFTER_DIR:-}" ]] && drafter=("$DRAFTER_DIR")
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+cd "$root"
+
+if [[ $reduced == 1 ]]; then
+    few=(--quick --max-model-len 256 --group-size 2 --dtype float32)
+    batches=(2)
+    rl=(--train-iters 2 --rl-prompts-per-iteration 2 --rl-group-size 2 --rollout-max-response-tokens 8 --no-bf16)
+    parity=(tests/unit/test_losses.py)
+    lossless=(tests/unit/test_verification.py)
+else
+    few=(--max-model-len 8192 --max-tokens 4096)
+    batches=(1 2 4 8 16 32)
+    rl=(--train-iters 6 --rl-prompts-per-iteration 8 --rl-group-size 8 --rollout-max-response-tokens 1024)
+    parity=(tests/megatron tests/engine/test_parity.py)
+    lossless=(tests/engine/test_speculation.py tests/engine/test_draft_distribution.py tests/engine/test_engine.py)
+fi
+
+bench_rollout() {  # NAME STRATEGIES [FLAGS]
+    local name="$1" strategies="$2"
+    shift 2
+    "$python" tools/bench_rollout.py --model "$MODEL_DIR" ${drafter[0]:+--drafter "${drafter[@]}"} --sources "$sources" \
+        --strategies "$strategies" --ranks 1 --json "$OUT/$name.json" "${few[@]}" "$@"
+}
+
+environment() {
+    nvidia-smi || echo "no nvidia-smi: a machine without GPU"
+    "$python" - "$OUT/environment.json" <<'PYTHON'
+import json, os, sys
+from pathlib import Path
+import torch
+from tlt.provenance import git_commit, package_versions
+gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+found = {
+    "commit": git_commit(), "python": sys.version.split()[0], "packages": package_versions(), "cpus": os.cpu_count(),
+    "cuda": torch.version.cuda, "gpus": [{"name": gpu.name, "gib": gpu.total_memory / 2**30} for gpu in gpus],
+}
+Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n")
+print(json.dumps(found, indent=1))
+PYTHON
+}
+
+parity() {  # policy, engine and Hugging Face agree
+    "$python" -m pytest -q --junitxml "$OUT/parity.xml" "${parity[@]}"
+}
+
+lossless() {  # speculation changes no response
+    "$python" -m pytest -q --junitxml "$OUT/lossless.xml" "${lossless[@]}"
+}
+
+step_cost() {  # each engine step of fixed drafts by batch size, and the model of costs that is fitted to them
+    bench_rollout step_cost "off,$arms:1,$arms:2,$arms:4,$arms:6" --requests-per-rank "${batches[@]}" --group-size 1 \
+        --repetitions 2 --record "$OUT/step_cost.jsonl"
+    "$python" tools/replay_policies.py --out "$OUT/step_cost_replay" --recording "$OUT/step_cost.jsonl" \
+        --iterations 20 --seeds 2 --policies off "$arms:2" "$arms:4" "cost-model@$arms:1|$arms:2|$arms:4|$arms:6"
+}
+
+graphs() {  # what would be captured: one strategy, all of them at each batch size, in buckets
+    "$python" - "$OUT/graphs.json" "$arms" <<'PYTHON'
+import json, sys
+from pathlib import Path
+from tlt.spec.graph_plan import capture_sizes, captured_sizes, plan_graphs
+from tlt.spec.policy import parse_policy
+out, arm = sys.argv[1:]
+every = f"{arm}:1|{arm}:2|{arm}:4|{arm}:6"
+plans = {
+    "single": f"{arm}:6", "naive": f"beg-mab@1={every}",
+    "bucketed": f"beg-mab@1={arm}:6|{arm}:4/5={arm}:4|{arm}:2/17={arm}:2|{arm}:1/33={arm}:1",
+}
+found = {}
+for name, text in plans.items():
+    policy, _ = parse_policy(text, "--spec-strategy")
+    plan = plan_graphs(policy.arms, captured_sizes(64))
+    tokens = sum(graph.num_tokens for graph in plan.target)
+    found[name] = {
+        "strategy": text, "target_graphs": len(plan.target), "drafter_graphs": len(plan.drafter),
+        "captured_tokens": tokens, "capture_sizes": capture_sizes(policy, max_num_seqs=64),
+    }
+Path(out).write_text(json.dumps(found, indent=1) + "\n")
+print(json.dumps(found, indent=1))
+PYTHON
+}
+
+rollout() {  # whole rollouts, paired with plain
+    bench_rollout rollout "plain,off,$arms:4,adaptive:8" --requests-per-rank "${batches[@]}" --group-size 1
+}
+
+sync() {  # RL with Megatron and vLLM on one GPU: seconds of each weight sync, update and rollout
+    rm -rf "$OUT/sync.run"
+    "$python" -m torch.distributed.run --standalone --nproc_per_node 1 pretrain_rl.py --hf-model "$MODEL_DIR" \
+        --save "$OUT/sync.run" --data-train "$sources" --eval-num-prompts 2 "${rl[@]}"
+    "$python" - "$OUT/sync.run/metrics.jsonl" "$OUT/sync.json" <<'PYTHON'
+import json, sys
+from pathlib import Path
+rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+names = ("weight_sync/push_s", "policy/update_s", "policy/logprobs_s", "rollout/duration_s")
+found = {name: [row[name] for row in rows if name in row] for name in names}
+Path(sys.argv[2]).write_text(json.dumps(found, indent=1) + "\n")
+print(json.dumps(found, indent=1))
+PYTHON
+}
+
+e2e() {  # whole RL, full against plain
+    if [[ ! -f tools/bench_e2e.py ]]; then
+        echo "tools/bench_e2e.py is not there: nothing is measured"
+        return 3
+    fi
+    local quick=()
+    [[ $reduced == 1 ]] && quick=(--quick)
+    "$python" tools/bench_e2e.py --hf-model "$MODEL_DIR" ${drafter[0]:+--drafter "${drafter[@]}"} --ranks 1 \
+        --out "$OUT/e2e" ${quick[0]:+"${quick[@]}"} -- --data-train "$sources"
+}
+
+if [[ "${1:-}" == --run-stage ]]; then  # in a shell of its own, so that a time limit and `set -e` hold
+    "$2"
+    exit
+fi
+mkdir -p "$OUT"
+for stage in "${@:-${stages[@]}}"; do
+    if [[ " ${stages[*]} " != *" $stage "* ]]; then
+        echo "gpu_suite.sh: error: no stage $stage; allowed are ${stages[*]}" >&2
+        exit 2
+    fi
+done
+settings="$(git rev-parse HEAD 2>/dev/null || echo no-commit) $MODEL_DIR ${DRAFTER_DIR:-} $sources $reduced"
+failed=()
+for stage in "${@:-${stages[@]}}"; do
+    if [[ "$(cat "$OUT/$stage.status" 2>/dev/null)" == "0 $settings" ]]; then
+        echo "$stage: done before"
+        continue
+    fi
+    begin=$SECONDS status=0
+    timeout --kill-after 10 "${LIMIT_S:-540}" bash "${BASH_SOURCE[0]}" --run-stage "$stage" >"$OUT/$stage.log" 2>&1 ||
+        status=$?
+    echo "$status $settings" >"$OUT/$stage.status"
+    echo "$stage: status $status after $((SECONDS - begin)) s, $OUT/$stage.log"
+    [[ $status == 0 ]] || failed+=("$stage")
+done
+if ((${#failed[@]})); then
+    echo "failed: ${failed[*]}" >&2
+    exit 1
+fi

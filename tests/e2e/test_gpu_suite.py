@@ -1,0 +1,59 @@
+"""benchmarks/gpu_suite.sh as far as a CPU can tell: that its stages run, are kept apart and are not repeated."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.e2e.runs import ROOT, SUMS
+
+pytestmark = [pytest.mark.engine, pytest.mark.megatron]
+
+
+def run(out, model, *stages: str, **variables: str) -> subprocess.CompletedProcess:
+    given = {
+        "OUT": str(out), "MODEL_DIR": str(model), "SOURCES": SUMS, "PYTHON": sys.executable, "REDUCED": "1",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    return subprocess.run(
+        ["bash", str(ROOT / "benchmarks/gpu_suite.sh"), *stages], env={**os.environ, **given, **variables},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_a_stage_leaves_files_and_is_not_repeated(tiny_models, tmp_path):
+    process = run(tmp_path, tiny_models["llama"], "environment", "graphs")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert json.loads((tmp_path / "environment.json").read_text())["packages"]["megatron-core"] == "0.16.1"
+    plans = json.loads((tmp_path / "graphs.json").read_text())
+    assert (
+        plans["single"]["captured_tokens"] < plans["bucketed"]["captured_tokens"] < plans["naive"]["captured_tokens"]
+    )
+    assert "graphs: done before" in run(tmp_path, tiny_models["llama"], "graphs").stdout
+
+
+def test_a_stage_that_takes_too_long_stops_no_other(tiny_models, tmp_path):
+    process = run(tmp_path, tiny_models["llama"], "environment", "graphs", LIMIT_S="0.01")
+    assert process.returncode == 1
+    assert "failed: environment graphs" in process.stderr
+    assert (tmp_path / "environment.status").read_text().startswith("124 ")
+
+
+def test_an_unknown_stage_is_refused(tiny_models, tmp_path):
+    process = run(tmp_path, tiny_models["llama"], "speed")
+    assert process.returncode == 2
+    assert "no stage speed; allowed are environment" in process.stderr
+
+
+@pytest.mark.slow
+def test_all_stages_run(tiny_models, tmp_path):
+    stages = ["parity", "lossless", "step_cost", "rollout", "sync"]
+    process = run(tmp_path, tiny_models["llama"], *stages)
+    logs = "\n".join(path.read_text()[-1000:] for path in tmp_path.glob("*.log"))
+    assert process.returncode == 0, process.stdout + process.stderr + logs
+    rows = json.loads((tmp_path / "rollout.json").read_text())["rows"]
+    assert {row["strategy"] for row in rows} == {"plain", "off", "suffix:4", "adaptive:8"}
+    assert (tmp_path / "step_cost_replay.md").exists()
+    assert len(json.loads((tmp_path / "sync.json").read_text())["weight_sync/push_s"]) == 2

@@ -1,0 +1,96 @@
+"""What a run takes of each GPU: known sizes of known models, and what grows with what."""
+
+import pytest
+
+from tests.model_facts import FACTS, NUM_PARAMETERS
+from tlt.arguments import parse
+from tlt.footprint.engine import Drafters
+from tlt.footprint.policy import num_parameters
+from tlt.footprint.table import GIB, PHASES, Footprint, footprint
+
+NONE = Drafters(states={})
+
+
+def of(
+    model: str, *flags: str, world_size: int = 8, gpu_gib: float | None = 79, drafters: Drafters = NONE
+) -> Footprint:
+    required = ["--hf-model", "m", "--save", "s", "--data-train", "reasoning-gym:chain_sum"]
+    config = parse([*required, "--rollout-max-model-len", "8192", *flags], "")
+    return footprint(
+        config, FACTS[model], drafters, world_size=world_size, ranks_per_node=8,
+        device_bytes=None if gpu_gib is None else int(gpu_gib * GIB),
+    )  # fmt: skip
+
+
+def gib_of(found: Footprint, name: str, phase: str) -> float:
+    (row,) = [row for row in found.rows if row.name.startswith(name)]
+    return row.num_bytes[PHASES.index(phase)] / GIB
+
+
+@pytest.mark.parametrize("model", FACTS)
+def test_parameters_are_those_that_the_model_is_published_with(model):
+    assert num_parameters(FACTS[model]) == NUM_PARAMETERS[model]
+
+
+def test_state_is_sharded_by_the_layout():
+    whole = NUM_PARAMETERS["qwen2.5_32b"] / GIB
+    found = of("qwen2.5_32b", "--tensor-model-parallel-size", "8", "--use-distributed-optimizer", world_size=64)
+    # Norms are on every rank: a millionth of the whole
+    assert gib_of(found, "policy, tensor 8", "rollout") == pytest.approx(2 * whole / 8, rel=1e-3)
+    assert gib_of(found, "gradients", "update") == pytest.approx(4 * whole / 8, rel=1e-3)
+    assert gib_of(found, "optimizer state", "update") == pytest.approx(12 * whole / 8 / 8, rel=1e-3)
+    assert gib_of(found, "optimizer state", "rollout") == 0, "it is on the host then"
+    assert found.host_bytes / GIB == pytest.approx(12 * whole / 8 / 8 + 64 / 1024, rel=1e-3)
+    alone = of("qwen2.5_32b", "--tensor-model-parallel-size", "8", world_size=64)
+    assert gib_of(alone, "optimizer state", "update") == pytest.approx(12 * whole / 8, rel=1e-3)
+
+
+def test_a_pipeline_shares_layers_and_the_first_stage_has_the_most_in_flight():
+    flags = ["--tensor-model-parallel-size", "4", "--rollout-tensor-parallel-size", "4"]
+    whole = of("llama3.3_70b", *flags, world_size=16)
+    halves = of("llama3.3_70b", *flags, "--pipeline-model-parallel-size", "2", world_size=16)
+    assert gib_of(halves, "policy,", "update") == pytest.approx(gib_of(whole, "policy,", "update") / 2, rel=1e-3)
+    assert gib_of(halves, "activations", "update") == pytest.approx(gib_of(whole, "activations", "update"), rel=1e-3)
+    assert "stage 0" in halves.rows[0].name
+
+
+def test_recomputation_and_sequence_parallelism_need_less():
+    flags = ["--tensor-model-parallel-size", "4"]
+    kept = gib_of(of("qwen2.5_7b", *flags), "activations", "update")
+    sharded = gib_of(of("qwen2.5_7b", *flags, "--sequence-parallel"), "activations", "update")
+    again = gib_of(of("qwen2.5_7b", *flags, "--recompute-granularity", "full"), "activations", "update")
+    assert again < sharded < kept
+
+
+def test_the_kv_cache_is_what_the_engine_leaves_of_its_share():
+    found = of("qwen2.5_7b", "--rollout-gpu-memory-utilization", "0.5")
+    taken = found.engine.weights + found.engine.step + found.engine.kv_cache
+    assert taken == pytest.approx(0.5 * 79 * GIB, rel=1e-6)
+    # 28 layers of 4 key-value heads of 128, key and value, bf16
+    assert found.engine.kv_tokens == found.engine.kv_cache // (2 * 28 * 4 * 128 * 2)
+    wide = of("qwen2.5_7b", "--rollout-tensor-parallel-size", "4", "--rollout-gpu-memory-utilization", "0.5")
+    assert wide.engine.kv_tokens > 4 * found.engine.kv_tokens, "heads are copied beyond four ranks only"
+
+
+def test_drafters_take_room_for_every_cached_token():
+    drafters = Drafters(head_parameters=10**8, num_heads=1, states={"last_hidden_states": 1})
+    found = of("qwen2.5_7b", drafters=drafters)
+    slot = (3584 + 2 * 4 * 128) * 2
+    assert gib_of(found, "drafters", "update") == pytest.approx((2e8 + found.engine.kv_tokens * slot) / GIB)
+
+
+def test_what_does_not_fit_is_refused_with_the_phase_and_the_largest_part():
+    with pytest.raises(ValueError, match="'update'.*--use-distributed-optimizer.*of them optimizer state"):
+        of("qwen2.5_7b", world_size=1).require_fit()
+    with pytest.raises(ValueError, match="'rollout'.*--rollout-gpu-memory-utilization.*KV cache"):
+        of("smollm2_135m", "--rollout-gpu-memory-utilization", "0.97").require_fit()
+    with pytest.raises(ValueError, match="KV cache.*at least one sequence of 8192 tokens, got '0 tokens'"):
+        of("llama3.3_70b", world_size=64).require_fit()
+    of("smollm2_135m", world_size=1).require_fit()
+
+
+def test_ranks_on_a_cpu_hold_everything_at_once_and_are_not_refused():
+    found = of("smollm2_135m", gpu_gib=None)
+    assert gib_of(found, "optimizer state", "rollout") == gib_of(found, "optimizer state", "update") > 0
+    assert found.engine.kv_cache == GIB
+    of("qwen2.5_7b", gpu_gib=None).require_fit()

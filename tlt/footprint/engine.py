@@ -1,0 +1,97 @@
+"""Bytes that the rollout engine takes on one GPU: its weights, its KV cache, and what drafters keep of each token."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from tlt.config import RolloutConfig
+from tlt.config.architecture import head_dim
+from tlt.footprint.policy import FP32, num_entries, table_of
+
+BATCHED_TOKENS = 16384
+"""vLLM's tokens of an engine step, where --rollout-max-num-batched-tokens does not say, on a GPU of 70 GiB or more."""
+BLOCK_SIZE = 16
+"""Tokens of a block of vLLM's KV cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFootprint:
+    """Of one rank of a replica."""
+
+    weights: int
+    step: int
+    """Activations of its largest step."""
+    kv_cache: int
+    kv_tokens: int
+    """Tokens of all requests that the KV cache has room for."""
+    token_pool: int
+    """Hidden states and keys of drafters, a slot for each token of the KV cache."""
+    drafter_weights: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.step + self.kv_cache + self.token_pool + self.drafter_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafters:
+    """What learned drafters take; the default is none."""
+
+    head_parameters: int = 0
+    """Of all heads."""
+    num_heads: int = 0
+    states: Mapping[str, int]
+    """Layers whose hidden states are kept of each token, by name (`SpecPlan.kept_states`)."""
+
+
+def engine_footprint(
+    hf_config: dict, rollout: RolloutConfig, drafters: Drafters, *, item_bytes: int, device_bytes: int | None
+) -> EngineFootprint:
+    """`device_bytes` of the GPU; None is a CPU, whose cache has a size of its own."""
+    size = rollout.tensor_parallel_size
+    weights = item_bytes * sum(
+        num_entries(weight) // (1 if weight.kind == "replicated" else size) for weight in table_of(hf_config)
+    )
+    step = step_bytes(hf_config, rollout, item_bytes=item_bytes)
+    token = kv_token_bytes(hf_config, tp_size=size, item_bytes=item_bytes)
+    if rollout.num_gpu_blocks_override is not None:
+        kv_cache = rollout.num_gpu_blocks_override * BLOCK_SIZE * token
+    elif device_bytes is None:
+        kv_cache = rollout.kv_cache_gib * 2**30
+    else:
+        kv_cache = max(int(rollout.gpu_memory_utilization * device_bytes) - weights - step, 0)
+    kv_tokens = kv_cache // token
+    return EngineFootprint(
+        weights=weights,
+        step=step,
+        kv_cache=kv_cache,
+        kv_tokens=kv_tokens,
+        token_pool=kv_tokens * pool_token_bytes(hf_config, drafters, item_bytes=item_bytes),
+        drafter_weights=drafters.head_parameters * item_bytes,
+    )
+
+
+def kv_heads_of(hf_config: dict) -> int:
+    return hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"]
+
+
+def kv_token_bytes(hf_config: dict, *, tp_size: int, item_bytes: int) -> int:
+    """Keys and values of one token over all layers; ranks beyond the number of key-value heads have copies."""
+    heads = max(kv_heads_of(hf_config) // tp_size, 1)
+    return prod((2, hf_config["num_hidden_layers"], heads, head_dim(hf_config), item_bytes))
+
+
+def pool_token_bytes(hf_config: dict, drafters: Drafters, *, item_bytes: int) -> int:
+    """Of one token: its hidden states, and its key and value in each head, whole on every rank of a replica."""
+    states = sum(drafters.states.values()) * hf_config["hidden_size"]
+    keys = drafters.num_heads * 2 * kv_heads_of(hf_config) * head_dim(hf_config)
+    return (states + keys) * item_bytes
+
+
+def step_bytes(hf_config: dict, rollout: RolloutConfig, *, item_bytes: int) -> int:
+    """Two residual streams and the widest activations of a layer for all tokens of a step; for all requests six fp32
+    rows of the vocabulary: logits, scaled ones, probabilities, and what the race between tokens needs."""
+    num_tokens = rollout.max_num_batched_tokens or BATCHED_TOKENS
+    wide = 3 * hf_config["intermediate_size"] // rollout.tensor_parallel_size
+    layer = num_tokens * (4 * hf_config["hidden_size"] + wide) * item_bytes
+    return layer + 6 * rollout.max_num_seqs * hf_config["vocab_size"] * FP32

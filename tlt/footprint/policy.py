@@ -1,0 +1,119 @@
+"""Bytes that the policy takes on one GPU: exact for weights, gradients and optimizer state, derived for activations.
+
+Shapes: T packed tokens of a micro-batch, H hidden, F feed-forward width, V vocabulary; bytes of one rank.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from tlt.config import ModelConfig, OptimizerConfig
+from tlt.config.architecture import head_dim
+from tlt.rl.logprobs import ROWS_PER_CHUNK
+from tlt.weight_sync.names import Weight, stage_of, weight_table
+
+FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyShards:
+    """How the policy is spread over ranks."""
+
+    hf_config: dict
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    dp_size: int
+
+    @property
+    def pp_size(self) -> int:
+        return self.model.pipeline_model_parallel_size
+
+    @property
+    def tp_size(self) -> int:
+        return self.model.tensor_model_parallel_size
+
+    @property
+    def item_bytes(self) -> int:
+        """Of a weight or an activation."""
+        return 2 if self.model.bf16 else FP32
+
+
+def table_of(hf_config: dict) -> list[Weight]:
+    """All parameters; their sizes do not depend on the layer implementation."""
+    return weight_table(hf_config, transformer_engine=True)
+
+
+def num_entries(weight: Weight) -> int:
+    """Of the whole parameter."""
+    return sum(prod(shape) for shape in weight.hf_shapes)
+
+
+def num_parameters(hf_config: dict) -> int:
+    """Of the whole model."""
+    return sum(num_entries(weight) for weight in table_of(hf_config))
+
+
+def stage_parameters(shards: PolicyShards, stage: int) -> int:
+    """Parameters on each rank of a pipeline stage; the last stage has a copy of a tied embedding."""
+    layout = {"num_layers": shards.hf_config["num_hidden_layers"], "pp_size": shards.pp_size}
+    table = table_of(shards.hf_config)
+    own = [weight for weight in table if stage_of(weight, **layout) == stage]
+    has_tied_copy = table[-1].name != "output_layer.weight" and 0 < stage == shards.pp_size - 1
+    own += [table[0]] if has_tied_copy else []
+    return sum(num_entries(weight) // (1 if weight.kind == "replicated" else shards.tp_size) for weight in own)
+
+
+def weight_bytes(shards: PolicyShards, stage: int) -> int:
+    return stage_parameters(shards, stage) * shards.item_bytes
+
+
+def gradient_bytes(shards: PolicyShards, stage: int) -> int:
+    """One fp32 buffer; a distributed optimizer shards its reduction, not the buffer."""
+    return stage_parameters(shards, stage) * FP32
+
+
+def optimizer_bytes(shards: PolicyShards, stage: int) -> int:
+    """Both moments in fp32, and fp32 master weights of a bf16 model; a distributed optimizer has a part of each."""
+    per_parameter = (3 if shards.model.bf16 else 2) * FP32
+    share = shards.dp_size if shards.optimizer.use_distributed_optimizer else 1
+    return per_parameter * -(-stage_parameters(shards, stage) // share)
+
+
+def layer_token_bytes(shards: PolicyShards) -> float:
+    """What one layer keeps of a token for its backward pass, without recomputation.
+
+    Counted as in arXiv 2205.05198 for Megatron's code of this network, with an attention that keeps no matrix: input
+    and output of both norms [H]; cosine and sine for query and key; query and key before and after rotation, value
+    and attention output; gate and up projection, up again (an offset is added to it), the activated gate and its
+    product with up [F]. Sequence parallelism shards the norms too.
+    """
+    config, tp = shards.hf_config, shards.tp_size
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    norms = 4 * config["hidden_size"] / (tp if shards.model.sequence_parallel else 1)
+    tables = 4 * head_dim(config)
+    attention = 3 * (heads + kv_heads) * head_dim(config) / tp
+    mlp = 5 * config["intermediate_size"] / tp
+    return (norms + tables + attention + mlp) * shards.item_bytes
+
+
+def activation_bytes(shards: PolicyShards, stage: int, *, num_tokens: int) -> int:
+    """Of all micro-batches that the stage has in flight under Megatron's 1F1B schedule, the first stage the most.
+
+    Full recomputation keeps the input of each layer, and one layer's activations at a time.
+    """
+    num_layers = shards.hf_config["num_hidden_layers"] // shards.pp_size
+    in_flight = shards.pp_size - stage
+    if shards.model.recompute_granularity == "full":
+        entry = shards.hf_config["hidden_size"] / (shards.tp_size if shards.model.sequence_parallel else 1)
+        kept = in_flight * num_layers * entry * shards.item_bytes + layer_token_bytes(shards)
+    else:
+        kept = in_flight * num_layers * layer_token_bytes(shards)
+    return int(num_tokens * kept)
+
+
+def logits_bytes(shards: PolicyShards, stage: int, *, num_tokens: int) -> int:
+    """On the last stage: logits, their gradient in chunks and laid together, and three fp32 copies of one chunk."""
+    if stage < shards.pp_size - 1:
+        return 0
+    width = shards.hf_config["vocab_size"] // shards.tp_size
+    return 3 * width * (num_tokens * shards.item_bytes + min(num_tokens, ROWS_PER_CHUNK) * FP32)

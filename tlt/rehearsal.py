@@ -1,0 +1,75 @@
+"""--dry-run: everything about a run that can be checked without its GPUs, at its real number of ranks.
+
+A directory that holds a config.json alone is enough; with a tokenizer in it prompts are checked too.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from tlt.config import RunConfig, check, read_hf_config
+from tlt.config.architecture import supported_rope
+from tlt.data.source import parse_source
+from tlt.footprint.engine import Drafters
+from tlt.footprint.table import GIB, Footprint, footprint
+from tlt.rollout.vllm.speculation import SpecPlan, read_spec_plan
+
+logger = logging.getLogger(__name__)
+
+
+def rehearse(config: RunConfig, *, world_size: int, ranks_per_node: int) -> Footprint:
+    """Log what the run would take of each GPU; raises ValueError naming the flag or file that would not do."""
+    hf_config = read_hf_config(config.model.hf_model)
+    check(config, world_size=world_size, ranks_per_node=ranks_per_node, hf_config=hf_config)
+    supported_rope(hf_config)
+    plan = read_spec_plan(
+        config.spec, target_config=hf_config, dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+        tp_size=config.rollout.tensor_parallel_size,
+    )  # fmt: skip
+    found = footprint(
+        config, hf_config, drafters(plan), world_size=world_size, ranks_per_node=ranks_per_node,
+        device_bytes=device_bytes(config.training.dry_run_gpu_gib),
+    )  # fmt: skip
+    for line in (*shape(config, world_size=world_size, ranks_per_node=ranks_per_node), *str(found).splitlines()):
+        logger.info("%s", line)
+    for flag, specs in (("--data-train", config.data.train), ("--eval-sources", config.eval.sources or ())):
+        for spec in specs:
+            parse_source(spec, flag, seed=config.training.seed)
+    found.require_fit()
+    if has_tokenizer(Path(config.model.hf_model)):
+        from tlt.build import Inputs
+
+        Inputs(config, world_size=world_size, ranks_per_node=ranks_per_node)
+    else:
+        logger.warning("not checked: prompts and their lengths (no tokenizer in --hf-model %s)", config.model.hf_model)
+    return found
+
+
+def drafters(plan: SpecPlan) -> Drafters:
+    """What the heads of a plan, and those who learn from hidden states, keep."""
+    sizes = (parameter.numel() for head in plan.heads.values() for parameter in head.parameters())
+    return Drafters(head_parameters=sum(sizes), num_heads=len(plan.heads), states=plan.kept_states())
+
+
+def device_bytes(gpu_gib: float | None) -> int | None:
+    """Memory of the GPU that is asked for, else of this machine's first one; None without any."""
+    if gpu_gib is not None:
+        return int(gpu_gib * GIB)
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+
+
+def shape(config: RunConfig, *, world_size: int, ranks_per_node: int) -> list[str]:
+    """The iteration in words, for the eye."""
+    rl, rollout = config.rl, config.rollout
+    num_replicas = world_size // rollout.tensor_parallel_size
+    responses = rl.prompts_per_iteration * rl.group_size
+    return [
+        f"{world_size} ranks on {-(-world_size // ranks_per_node)} nodes: {num_replicas} rollout replicas, "
+        f"{responses} responses an iteration, {responses / num_replicas:.1f} a replica "
+        f"({rollout.max_num_seqs} decode at a time), {rl.optimizer_steps} optimizer steps"
+    ]
