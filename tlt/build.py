@@ -3,7 +3,7 @@
 import copy
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +29,8 @@ from tlt.drafter.history import SuffixHistory
 from tlt.drafter.learner import HeadLearner
 from tlt.drafter.model import EagleHead
 from tlt.evaluation import Evaluation
+from tlt.faults import Fault, FaultyTrace, parse_faults
+from tlt.heartbeat import Heartbeat
 from tlt.interrupt import Interrupt
 from tlt.loop import Run
 from tlt.metrics import MetricsLog
@@ -51,6 +53,7 @@ from tlt.rollout.vllm.speculation import LEARNED, read_spec_plan
 from tlt.run_state import (
     Checkpoints,
     RunState,
+    complete_checkpoints,
     latest_checkpoint,
     read_history,
     read_speculation,
@@ -102,6 +105,7 @@ class Inputs:
             config.spec, target_config=self.hf_config, dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
             tp_size=rollout.tensor_parallel_size,
         )  # fmt: skip
+        self.faults = parse_faults(training.fault or (), world_size=world_size)
         self.checkpoint = find_checkpoint(config)
         self.tail_state: dict = {}
         self.state = RunState(fingerprint=fingerprint(config), prompt_stream=self.prompts.state_dict())
@@ -141,9 +145,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         logger.warning("--load %s holds no complete checkpoint: starting from --hf-model", training.load)
     save = Path(training.save)
     require(not save.exists() or save.is_dir(), "--save", training.save, "a folder")
-    if latest_checkpoint(save) is not None and (
-        training.load is None or Path(training.load).resolve() != save.resolve()
-    ):
+    if complete_checkpoints(save) and (training.load is None or Path(training.load).resolve() != save.resolve()):
         raise ValueError(f"--save {save} already holds a run: resume it with --load {save}, or choose another folder")
     return found
 
@@ -167,7 +169,8 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
         config.model, timeout=timedelta(minutes=config.training.distributed_timeout_minutes)
     )
     save = Path(config.training.save)
-    trace = Trace(save / "trace", parallel.rank)
+    trace = build_trace(save, inputs.faults, parallel)
+    heartbeat = build_heartbeat(config.training, parallel, trace)
     if parallel.rank == 0:
         write_run_record(save, config, patches=patches, world_size=parallel.world_size)
 
@@ -220,11 +223,19 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             train_iters=training.train_iters,
         ),  # fmt: skip
         checkpoints=build_checkpoints(
-            training, trainer, parallel, history=history, tail=tail, speculation=engine.speculation, trace=trace
-        ),
+            training,
+            trainer,
+            parallel,
+            history=history,
+            tail=tail,
+            speculation=engine.speculation,
+            trace=trace,
+            resumed_iteration=inputs.state.iteration,
+        ),  # fmt: skip
         metrics=build_metrics_log(training, inputs.state, parallel),
         trace=trace,
         interrupt=interrupt,
+        heartbeat=heartbeat,
         progress=Progress(is_shown=parallel.rank == 0),
         state=inputs.state,
     )
@@ -240,6 +251,23 @@ def training_distribution(rollout: RolloutConfig) -> SamplingConfig:
     )
 
 
+def build_trace(save: Path, faults: Sequence[Fault], parallel: process_groups.Parallel) -> Trace:
+    """The run's trace, which is where things go wrong on request."""
+    folder, rank = save / "trace", parallel.rank
+    return FaultyTrace(folder, rank, faults) if faults else Trace(folder, rank)
+
+
+def build_heartbeat(training: TrainingConfig, parallel: process_groups.Parallel, trace: Trace) -> Heartbeat:
+    """Begins at once: building the engine is a wait for others, too."""
+    heartbeat = Heartbeat(
+        torch.distributed.distributed_c10d._get_default_store(), rank=parallel.rank, world_size=parallel.world_size,
+        deadline_s=60 * training.distributed_timeout_minutes, where=trace.where,
+        stacks=Path(training.save) / "trace" / f"stacks{parallel.rank}.txt",
+    )  # fmt: skip
+    heartbeat.start()
+    return heartbeat
+
+
 def build_metrics_log(training: TrainingConfig, state: RunState, parallel: process_groups.Parallel) -> MetricsLog:
     """Written by rank 0."""
     save = Path(training.save)
@@ -253,7 +281,7 @@ def build_metrics_log(training: TrainingConfig, state: RunState, parallel: proce
 
 def build_checkpoints(
     training: TrainingConfig, trainer: MegatronPolicyTrainer, parallel: process_groups.Parallel, *,
-    history: SuffixHistory, tail: TailWork, speculation: SpeculationMemory, trace: Trace,
+    history: SuffixHistory, tail: TailWork, speculation: SpeculationMemory, trace: Trace, resumed_iteration: int,
 ) -> Checkpoints:  # fmt: skip
     """Of the run in --save."""
     return Checkpoints(
@@ -267,6 +295,7 @@ def build_checkpoints(
         interval=training.save_interval,
         retain=training.save_retain,
         train_iters=training.train_iters,
+        resumed_iteration=resumed_iteration,
     )
 
 
@@ -340,6 +369,7 @@ def build_policy_trainer(
 
 def close(run: Run) -> None:
     """End what outlives the training loop: scoring processes, engine, files."""
+    run.heartbeat.close()
     run.rollouts.rewards.close()
     run.metrics.close()
     run.trace.close()
