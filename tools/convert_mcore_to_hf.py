@@ -26,6 +26,7 @@ def convert(load: Path, hf_model: Path, out: Path, *, tp: int, pp: int) -> None:
     from megatron.core import dist_checkpointing
 
     from tlt.config import read_hf_config, require
+    from tlt.policy.metadata import check_metadata
     from tlt.policy.model import build_policy_model, uses_transformer_engine
     from tlt.weight_sync.gather import PolicyWeights
     from tlt.weight_sync.hf_directory import write_hf_directory
@@ -33,6 +34,7 @@ def convert(load: Path, hf_model: Path, out: Path, *, tp: int, pp: int) -> None:
     hf_config = read_hf_config(str(hf_model))
     require(not out.exists(), "--out", str(out), "a folder that does not exist yet")
     checkpoint = find_checkpoint(load)
+    check_metadata(checkpoint)
     parallel, model = start_layout(hf_model, hf_config, tp=tp, pp=pp)
     stage = build_policy_model(hf_config, model, parallel)
     state = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(checkpoint))
