@@ -370,6 +370,7 @@ def build_policy_trainer(
 def close(run: Run) -> None:
     """End what outlives the training loop: scoring processes, engine, files."""
     run.heartbeat.close()
+    run.parallel.barrier()  # the rank that hosts the store is not the first to go
     run.rollouts.rewards.close()
     run.metrics.close()
     run.trace.close()

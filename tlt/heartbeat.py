@@ -77,7 +77,10 @@ class Heartbeat:
             thread.start()
 
     def failed(self, error: BaseException) -> None:
-        """This rank's main thread ends by an error: say so in one line, and have all other ranks end too."""
+        """This rank's main thread ends by an error: say so in one line, and have all other ranks end too. The process
+        has the deadline to end by itself."""
+        self.closing.set()
+        faulthandler.dump_traceback_later(self.deadline_s, exit=True)
         notes = ", ".join(getattr(error, "__notes__", [])) or self.where()
         own = f"rank {self.rank} failed in {notes}: {type(error).__name__}: {error}"
         logger.critical("%s", own)
@@ -143,14 +146,14 @@ class Heartbeat:
         return (*stack, _num_waits(self.main_thread.native_id))
 
     def _expire(self, reason: str) -> None:
+        if self.closing.is_set():
+            return
         text = f"rank {self.rank} in {self.where()} ends the run: {reason}"
         logger.critical("%s; stacks of all threads are in %s", text, self.stacks)
         with self.stacks.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n")
             file.flush()
             faulthandler.dump_traceback(file=file, all_threads=True)
-        if self.closing.is_set():
-            return
         # The others are told in a thread: the store may be what is gone.
         teller = threading.Thread(target=self.store.compare_set, args=(FAILED, "", reason), daemon=True)
         teller.start()

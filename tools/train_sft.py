@@ -144,6 +144,7 @@ def main(argv: Sequence[str]) -> int:
         run.heartbeat.failed(error)
         raise
     run.heartbeat.close()
+    run.parallel.barrier()  # the rank that hosts the store is not the first to go
     if is_complete:
         tensors = run.policy_trainer.named_hf_tensors()
         write_hf_directory(run.hf_directory, tensors, like=Path(config.model.hf_model), parallel=run.parallel)

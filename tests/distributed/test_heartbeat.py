@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -62,12 +63,15 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> dict[str, tuple[list[int], float, Path]]:
+    return run_all(tmp_path_factory.mktemp, multiprocessing.get_context(start_method()))
+
+
+def run_all(make_folder: Callable[[str], Path], context) -> dict[str, tuple[list[int], float, Path]]:
     """Of each case, all at once: exit codes by rank, seconds from what went wrong to the last end, folder."""
-    context = multiprocessing.get_context(start_method())
     servers, ranks, folders, ends_s = {}, {}, {}, {}
     for case in CASES:
         servers[case] = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
-        folders[case] = tmp_path_factory.mktemp(case)
+        folders[case] = make_folder(case)
         ranks[case] = [
             context.Process(target=_rank, args=(rank, servers[case].port, folders[case], case)) for rank in range(3)
         ]
