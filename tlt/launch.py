@@ -20,7 +20,6 @@ def prepare(
 
     `program` is its path in the repository; `read_inputs(config, world_size)` raises ValueError naming flag or file.
     """
-    os.umask(os.umask(0o077) | 0o007)  # a run's files hold prompts and responses: not for everyone on the machine
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -42,4 +41,5 @@ def prepare(
     if config.training.dry_run:
         logger.info("dry run: the configuration is valid for %d ranks", world_size)
         return 0
+    os.umask(os.umask(0o077) | 0o007)  # a run's files hold prompts and responses: not for everyone on the machine
     return config, inputs
