@@ -2,8 +2,12 @@
 
 import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -144,6 +148,39 @@ def test_scorers_that_eat_leak_print_or_return_no_number(capfd):
     assert "yyy" not in captured.err
 
 
+ORPHAN = """
+import os, sys, time
+from tests.unit.test_rewards import RewardConfig, RewardPool, group, scripted, submit
+if __name__ == "__main__":
+    pool = RewardPool(RewardConfig(), scorer=scripted)
+    groups = [group("a", ["good", "hang"])]
+    submit(pool, groups)
+    pool.pending["a", 0][0].result()
+    print(next(iter(pool.pool._pool_manager.worker_manager.workers)), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_scorer_ends_with_its_rank_however_that_ends(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    ended = subprocess.run(
+        [sys.executable, str(tmp_path / "orphan.py")], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    deadline = time.monotonic() + 20
+    while is_running(int(ended.stdout)):
+        assert time.monotonic() < deadline, "the scorer sleeps on"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
 HOSTILE = (
     "<answer>" * 120_000, "</answer>" * 110_000, "<answer>8" * 100_000 + "</answer>", "8" * 10**6, "-" * 10**6,
     "8," * 500_000, "1." * 500_000, "\n" * 10**6, "\x00" * 10**6, "8\n" * 500_000, " " * 10**6 + "8",
@@ -178,9 +215,6 @@ def test_abandoned_responses_are_forgotten(pool):
 
 
 def test_scoring_needs_no_engine_and_no_torch():
-    import subprocess
-    import sys
-
     code = "import sys, tlt.rewards.scoring; sys.exit('torch' in sys.modules or 'vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -29,7 +30,7 @@ class RewardPool:
         # spawn: a forked child would inherit the engine's threads and locks.
         self.pool = ProcessPool(
             max_workers=config.workers, max_tasks=SCORINGS_PER_PROCESS, initializer=enter,
-            initargs=[config.memory_mib], context=multiprocessing.get_context("spawn"),
+            initargs=[config.memory_mib, os.getpid()], context=multiprocessing.get_context("spawn"),
         )  # fmt: skip
         self.pending: dict[tuple[str, int], tuple[ProcessFuture, tuple[dict, str]]] = {}
         self._stats: dict[str, float] = {}

@@ -1,16 +1,25 @@
 """Inside a scoring process: what a scorer prints goes nowhere, its memory is limited, it returns a number."""
 
+import ctypes
 import math
 import os
 import resource
+import signal
 from collections.abc import Callable
 
 OUT_OF_MEMORY = 71
 """Exit status of a process that reached its limit: it may be full of what earlier scorings left."""
 
 
-def enter(memory_mib: int) -> None:
-    """At the beginning of the process."""
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2): a signal for when the parent is gone."""
+
+
+def enter(memory_mib: int, parent: int) -> None:
+    """At the beginning of the process, which ends with its `parent` however that ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(0)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
