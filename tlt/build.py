@@ -69,6 +69,9 @@ from tlt.weight_sync.sync import StreamedWeightSync
 
 logger = logging.getLogger(__name__)
 
+HEARTBEAT_SHARE = 0.8
+"""Of a collective's time-out, which does not know who is missing: the heartbeat, which does, is to come first."""
+
 
 class Inputs:
     """All that a run reads, checked before any process group or engine exists; equal on all ranks.
@@ -261,7 +264,7 @@ def build_heartbeat(training: TrainingConfig, parallel: process_groups.Parallel,
     """Begins at once: building the engine is a wait for others, too."""
     heartbeat = Heartbeat(
         torch.distributed.distributed_c10d._get_default_store(), rank=parallel.rank, world_size=parallel.world_size,
-        deadline_s=60 * training.distributed_timeout_minutes, where=trace.where,
+        deadline_s=60 * training.distributed_timeout_minutes * HEARTBEAT_SHARE, where=trace.where,
         stacks=Path(training.save) / "trace" / f"stacks{parallel.rank}.txt",
     )  # fmt: skip
     heartbeat.start()
