@@ -35,7 +35,11 @@ def main(argv: Sequence[str]) -> int:
     from tlt.loop import train
 
     run = build(*prepared)
-    train(run)
+    try:
+        train(run)
+    except Exception as error:
+        run.heartbeat.failed(error)
+        raise
     close(run)
     return 0
 

@@ -3,7 +3,7 @@
 import copy
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +29,8 @@ from tlt.drafter.history import SuffixHistory
 from tlt.drafter.learner import HeadLearner
 from tlt.drafter.model import EagleHead
 from tlt.evaluation import Evaluation
+from tlt.faults import Fault, FaultyTrace, parse_faults
+from tlt.heartbeat import Heartbeat
 from tlt.interrupt import Interrupt
 from tlt.loop import Run
 from tlt.metrics import MetricsLog
@@ -52,6 +54,7 @@ from tlt.rollout.vllm.speculation import LEARNED, read_spec_plan
 from tlt.run_state import (
     Checkpoints,
     RunState,
+    complete_checkpoints,
     latest_checkpoint,
     read_history,
     read_speculation,
@@ -67,6 +70,9 @@ from tlt.weight_sync.gather import PolicyWeights
 from tlt.weight_sync.sync import StreamedWeightSync
 
 logger = logging.getLogger(__name__)
+
+HEARTBEAT_SHARE = 0.8
+"""Of a collective's time-out, which does not know who is missing: the heartbeat, which does, is to come first."""
 
 
 class Inputs:
@@ -104,6 +110,7 @@ class Inputs:
             config.spec, target_config=self.hf_config, dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
             tp_size=rollout.tensor_parallel_size,
         )  # fmt: skip
+        self.faults = parse_faults(training.fault or (), world_size=world_size)
         self.checkpoint = find_checkpoint(config)
         self.tail_state: dict = {}
         self.learned: dict = {}
@@ -146,9 +153,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         logger.warning("--load %s holds no complete checkpoint: starting from --hf-model", training.load)
     save = Path(training.save)
     require(not save.exists() or save.is_dir(), "--save", training.save, "a folder")
-    if latest_checkpoint(save) is not None and (
-        training.load is None or Path(training.load).resolve() != save.resolve()
-    ):
+    if complete_checkpoints(save) and (training.load is None or Path(training.load).resolve() != save.resolve()):
         raise ValueError(f"--save {save} already holds a run: resume it with --load {save}, or choose another folder")
     return found
 
@@ -172,7 +177,8 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
         config.model, timeout=timedelta(minutes=config.training.distributed_timeout_minutes)
     )
     save = shared_folder(Path(config.training.save), parallel)
-    trace = Trace(save / "trace", parallel.rank)
+    trace = build_trace(save, inputs.faults, parallel)
+    heartbeat = build_heartbeat(config.training, parallel, trace)
     if parallel.rank == 0:
         write_run_record(save, config, patches=patches, world_size=parallel.world_size)
 
@@ -224,11 +230,19 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             train_iters=training.train_iters,
         ),  # fmt: skip
         checkpoints=build_checkpoints(
-            training, trainer, parallel, history=history, tail=tail, speculation=engine.speculation, trace=trace
-        ),
+            training,
+            trainer,
+            parallel,
+            history=history,
+            tail=tail,
+            speculation=engine.speculation,
+            trace=trace,
+            resumed_iteration=inputs.state.iteration,
+        ),  # fmt: skip
         metrics=build_metrics_log(training, inputs.state, parallel),
         trace=trace,
         interrupt=interrupt,
+        heartbeat=heartbeat,
         progress=Progress(is_shown=parallel.rank == 0),
         state=inputs.state,
     )
@@ -244,6 +258,23 @@ def training_distribution(rollout: RolloutConfig) -> SamplingConfig:
     )
 
 
+def build_trace(save: Path, faults: Sequence[Fault], parallel: process_groups.Parallel) -> Trace:
+    """The run's trace, which is where things go wrong on request."""
+    folder, rank = save / "trace", parallel.rank
+    return FaultyTrace(folder, rank, faults) if faults else Trace(folder, rank)
+
+
+def build_heartbeat(training: TrainingConfig, parallel: process_groups.Parallel, trace: Trace) -> Heartbeat:
+    """Begins at once: building the engine is a wait for others, too."""
+    heartbeat = Heartbeat(
+        torch.distributed.distributed_c10d._get_default_store(), rank=parallel.rank, world_size=parallel.world_size,
+        deadline_s=60 * training.distributed_timeout_minutes * HEARTBEAT_SHARE, where=trace.where,
+        stacks=Path(training.save) / "trace" / f"stacks{parallel.rank}.txt",
+    )  # fmt: skip
+    heartbeat.start()
+    return heartbeat
+
+
 def build_metrics_log(training: TrainingConfig, state: RunState, parallel: process_groups.Parallel) -> MetricsLog:
     """Written by rank 0."""
     save = Path(training.save)
@@ -257,7 +288,7 @@ def build_metrics_log(training: TrainingConfig, state: RunState, parallel: proce
 
 def build_checkpoints(
     training: TrainingConfig, trainer: MegatronPolicyTrainer, parallel: process_groups.Parallel, *,
-    history: SuffixHistory, tail: TailWork, speculation: SpeculationMemory, trace: Trace,
+    history: SuffixHistory, tail: TailWork, speculation: SpeculationMemory, trace: Trace, resumed_iteration: int,
 ) -> Checkpoints:  # fmt: skip
     """Of the run in --save."""
     return Checkpoints(
@@ -271,6 +302,7 @@ def build_checkpoints(
         interval=training.save_interval,
         retain=training.save_retain,
         train_iters=training.train_iters,
+        resumed_iteration=resumed_iteration,
     )
 
 
@@ -347,6 +379,8 @@ def build_policy_trainer(
 
 def close(run: Run) -> None:
     """End what outlives the training loop: scoring processes, engine, files."""
+    run.heartbeat.close()
+    run.parallel.barrier()  # the rank that hosts the store is not the first to go
     run.rollouts.rewards.close()
     run.metrics.close()
     run.trace.close()

@@ -46,4 +46,5 @@ def prepare(
     if config.training.dry_run:
         logger.info("dry run: the configuration is valid for %d ranks", world_size)
         return 0
+    os.umask(os.umask(0o077) | 0o007)  # a run's files hold prompts and responses: not for everyone on the machine
     return config, inputs

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from tlt.config import RunConfig
 from tlt.evaluation import Evaluation
+from tlt.heartbeat import Heartbeat
 from tlt.interrupt import Interrupt, Interrupted
 from tlt.metrics import MetricsLog
 from tlt.parallel import Parallel
@@ -37,6 +38,7 @@ class Run:
     metrics: MetricsLog
     trace: Trace
     interrupt: Interrupt
+    heartbeat: Heartbeat
     progress: Progress
     state: RunState
     """The run after its last complete iteration."""

@@ -91,6 +91,9 @@ class PolicyTrainer(Protocol):
     def onload(self) -> None:
         """Take the device back before `train_step`."""
 
+    def checkpoint_bytes(self) -> int:
+        """This rank's part of what `save` writes."""
+
     def save(self, folder: Path) -> None:
         """Write model, optimizer and schedule. Collective over all ranks."""
 

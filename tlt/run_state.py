@@ -1,8 +1,9 @@
 """Checkpoints of a run: the policy's tensors plus everything else a resume needs, complete or not there at all.
 
-Layout (Megatron's names): `<save>/iter_0000012/` with the policy in torch_dist format and `run_state.json`;
-`<save>/latest_checkpointed_iteration.txt` names the newest complete one. A checkpoint is written to
-`iter_0000012.tmp`, then renamed, so a folder without `.tmp` is complete.
+Layout (Megatron's names): `<save>/iter_0000012/` with the policy in torch_dist format, `run_state.json` and
+`manifest.json`, the checksums of all files; `<save>/latest_checkpointed_iteration.txt` names the newest complete one.
+A checkpoint is written to `iter_0000012.tmp`, then renamed: a folder without `.tmp` is complete. One whose files are
+no longer what was written is passed over; a run that goes on from an older one renames it to `iter_0000012.damaged`.
 """
 
 import dataclasses
@@ -25,18 +26,21 @@ import torch
 from tlt.disk import flush_to_disk
 from tlt.drafter.checkpoint import load_checkpoint
 from tlt.drafter.history import SuffixHistory
+from tlt.manifest import MANIFEST, Digests, damage, digests, write_manifest
 from tlt.parallel import Parallel
 from tlt.protocols import PolicyTrainer, SpeculationMemory, TailWork
 from tlt.trace import Trace
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "run_state.json"
 HISTORY = "history.npz"
 TAIL = "tail_work.pt"
 SPECULATION = "speculation.json"
+SPARE_BYTES = 16 * 2**20
+"""Room beside the tensors of a checkpoint and the history, for all its small files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +62,28 @@ class RunState:
 def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(iteration, path) of every complete checkpoint of a run folder, oldest first."""
     found = [(re.fullmatch(r"iter_(\d{7})", path.name), path) for path in folder.glob("iter_*")]
-    return sorted((int(match[1]), path) for match, path in found if match and (path / STATE).is_file())
+    return sorted(
+        (int(match[1]), path)
+        for match, path in found
+        if match and ((path / STATE).is_file() or (path / MANIFEST).is_file())
+    )
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Newest complete checkpoint, whatever the tracker says: a crash may fall between rename and tracker."""
+    """Newest checkpoint whose files are what was written, whatever the tracker says: a crash may fall between rename
+    and tracker. Says which ones are passed over; ValueError where none of those that are there is whole."""
     checkpoints = complete_checkpoints(folder)
-    return checkpoints[-1][1] if checkpoints else None
+    for _, path in reversed(checkpoints):
+        found = damage(path)
+        if found is None:
+            return path
+        logger.error("checkpoint %s is damaged: %s; the one before it is used", path, found)
+    if checkpoints:
+        raise ValueError(
+            f"--load {folder}: all {len(checkpoints)} checkpoints are damaged, the oldest: {found}; start afresh with "
+            "another --save, or restore the folder"
+        )
+    return None
 
 
 def read_state(checkpoint: Path, fingerprint: dict) -> RunState:
@@ -164,12 +183,27 @@ def claim(folder: Path) -> TextIO:
     return file
 
 
+def clear(folder: Path, *, resumed_iteration: int) -> None:
+    """Put away what a run that resumes after this iteration found in its folder: checkpoints that were never finished
+    are deleted, and newer ones, which it passed over because they are damaged, renamed."""
+    for partial in folder.glob("iter_*.tmp"):
+        logger.warning("deleting %s: it was never finished", partial)
+        shutil.rmtree(partial)
+    for iteration, path in complete_checkpoints(folder):
+        if iteration > resumed_iteration:
+            aside = path.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            logger.warning("renamed %s to %s", path, aside.name)
+
+
 class Checkpoints:
     """Saves on schedule and on request, keeps the newest few."""
 
     def __init__(
         self, folder: Path, *, trainer: PolicyTrainer, parallel: Parallel, history: SuffixHistory, tail: TailWork,
         speculation: SpeculationMemory, trace: Trace, interval: int, retain: int, train_iters: int,
+        resumed_iteration: int,
     ):  # fmt: skip
         self.folder = folder
         self.trainer = trainer
@@ -183,6 +217,8 @@ class Checkpoints:
         self.train_iters = train_iters
         self.saved_iteration: int | None = None
         self.claimed = claim(folder) if parallel.rank == 0 else None
+        if parallel.rank == 0:
+            clear(folder, resumed_iteration=resumed_iteration)
 
     def save_if_due(self, state: RunState) -> None:
         """Every `interval` iterations and after the last. Collective over all ranks; all must call."""
@@ -197,24 +233,49 @@ class Checkpoints:
         final = self.folder / f"iter_{state.iteration:07d}"
         partial = final.with_suffix(".tmp")
         with self.trace.span("save", iteration=state.iteration):
+            self._require_space()
             if self.parallel.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             self.parallel.barrier()
             self.trainer.save(partial)
             self.parallel.barrier()
+            own = digests(partial, rank=self.parallel.rank, world_size=self.parallel.world_size)
+            shards = {name: found for each in self.parallel.all_gather_objects(own) for name, found in each.items()}
+            self.trace.point("save_commit")
             if self.parallel.rank == 0:
-                self._complete(state, partial, final)
+                self._complete(state, partial, final, shards)
             self.parallel.barrier()
         self.saved_iteration = state.iteration
 
-    def _complete(self, state: RunState, partial: Path, final: Path) -> None:
+    def _require_space(self) -> None:
+        """Raise OSError on all ranks where the disk has no room for a checkpoint, even if all but the newest that is
+        there are deleted for it. Collective over all ranks; all must call."""
+        tensors = self.parallel.sum(torch.tensor(float(self.trainer.checkpoint_bytes()), dtype=torch.float64))
+        needed = int(tensors) + self.history.max_bytes + SPARE_BYTES
+        free = 0
+        if self.parallel.rank == 0:
+            for _, path in complete_checkpoints(self.folder)[:-1]:
+                if shutil.disk_usage(self.folder).free >= needed:
+                    break
+                logger.warning("deleting %s to make room for the next checkpoint", path)
+                shutil.rmtree(path)
+            free = shutil.disk_usage(self.folder).free
+        free = self.parallel.all_gather_objects(free)[0]
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC, f"--save {self.folder} has {free / 2**30:.2f} GiB left, a checkpoint needs "
+                f"{needed / 2**30:.2f} GiB: make room and resume",
+            )  # fmt: skip
+
+    def _complete(self, state: RunState, partial: Path, final: Path, shards: Digests) -> None:
         """Make a fully written checkpoint the latest one; each step leaves a folder that can be resumed from."""
         record = {"format": FORMAT, **dataclasses.asdict(state)}
         (partial / STATE).write_text(json.dumps(record, indent=1))
         write_history(partial, self.history)
         write_tail_state(partial, self.tail)
         write_speculation(partial, self.speculation)
+        write_manifest(partial, digests(partial, known=shards))
         for path in partial.iterdir():
             flush_to_disk(path)
         shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from an earlier checkpoint

@@ -219,6 +219,10 @@ class EngineStats:
     speculative_step_s: float = 0.0
     """Seconds of engine steps that verified drafts, their drafting included."""
     num_strategy_switches: int = 0
+    num_unsound_samples: int = 0
+    """Responses since the run began whose hidden states were not finite: the drafter is not trained on them."""
+    hidden_state_bytes: int = 0
+    """Held for the drafter's training."""
     num_roll_backs: int = 0
     """Drafters withdrawn because their acceptance collapsed."""
     drafter_version: int = -1

@@ -24,12 +24,14 @@ def find_checkpoint(load: Path) -> Path:
 def convert(load: Path, hf_model: Path, out: Path) -> None:
     """Write `out` with the weights of the checkpoint and the config and tokenizer of `hf_model`."""
     from tlt.config import read_hf_config, require
+    from tlt.policy.metadata import check_metadata
     from tlt.weight_sync.hf_directory import write_directory
     from tlt.weight_sync.stored import StoredWeights
 
     hf_config = read_hf_config(str(hf_model))
     require(not out.exists(), "--out", str(out), "a folder that does not exist yet")
     checkpoint = find_checkpoint(load)
+    check_metadata(checkpoint)
     write_directory(out, StoredWeights(checkpoint, hf_config, dtype=dtype_of(hf_config)).hf_tensors(), like=hf_model)
     print(f"wrote {out} from {checkpoint}")
 

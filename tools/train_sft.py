@@ -24,6 +24,7 @@ class SftInputs:
         from tlt.build import find_checkpoint, stop_token_ids
         from tlt.config import check_policy_layout, read_hf_config, require
         from tlt.data.prompts import PromptBuilder
+        from tlt.faults import parse_faults
         from tlt.run_state import RunState, read_state
         from tlt.sft.examples import ExampleStream, read_examples
 
@@ -57,6 +58,7 @@ class SftInputs:
             "--data-train": hashlib.sha256(str([s.token_ids for s in sequences]).encode()).hexdigest(),
             "--sft-tokens-per-step": config.sft.tokens_per_step,
         }
+        self.faults = parse_faults(config.training.fault or (), world_size=world_size)
         self.checkpoint = find_checkpoint(config)
         self.state = RunState(fingerprint=fingerprint, prompt_stream=self.examples.state_dict())
         if self.checkpoint is not None:
@@ -68,7 +70,7 @@ def build(config, inputs: SftInputs):
     """Make every component. Collective over all ranks; all must call."""
     from megatron_patches import apply_patches
     from tlt import parallel as process_groups
-    from tlt.build import build_checkpoints, build_metrics_log, build_policy_trainer
+    from tlt.build import build_checkpoints, build_heartbeat, build_metrics_log, build_policy_trainer, build_trace
     from tlt.drafter.history import SuffixHistory
     from tlt.interrupt import Interrupt
     from tlt.progress import Progress
@@ -77,7 +79,6 @@ def build(config, inputs: SftInputs):
     from tlt.rollout.vllm.speculation import NoSpeculation
     from tlt.sft.loop import HeldOut, SftRun
     from tlt.spot.training import NoSpotTraining
-    from tlt.trace import Trace
     from tlt.types import SamplingConfig
 
     training = config.training
@@ -86,7 +87,7 @@ def build(config, inputs: SftInputs):
     patches = apply_patches()
     parallel = process_groups.initialize(config.model, timeout=timedelta(minutes=training.distributed_timeout_minutes))
     save = Path(training.save)
-    trace = Trace(save / "trace", parallel.rank)
+    trace = build_trace(save, inputs.faults, parallel)
     if parallel.rank == 0:
         write_run_record(save, config, patches=patches, world_size=parallel.world_size)
     trainer = build_policy_trainer(
@@ -106,11 +107,12 @@ def build(config, inputs: SftInputs):
         policy_trainer=trainer,
         checkpoints=build_checkpoints(
             training, trainer, parallel, history=SuffixHistory(0), tail=NoSpotTraining(),
-            speculation=NoSpeculation(), trace=trace,
+            speculation=NoSpeculation(), trace=trace, resumed_iteration=inputs.state.iteration,
         ),
         metrics=build_metrics_log(training, inputs.state, parallel),
         trace=trace,
         interrupt=interrupt,
+        heartbeat=build_heartbeat(training, parallel, trace),
         progress=Progress(is_shown=parallel.rank == 0),
         state=inputs.state,
         hf_directory=inputs.hf_directory,
@@ -136,7 +138,14 @@ def main(argv: Sequence[str]) -> int:
     from tlt.weight_sync.hf_directory import write_hf_directory
 
     run = build(config, inputs)
-    if fine_tune(run):
+    try:
+        is_complete = fine_tune(run)
+    except Exception as error:
+        run.heartbeat.failed(error)
+        raise
+    run.heartbeat.close()
+    run.parallel.barrier()  # the rank that hosts the store is not the first to go
+    if is_complete:
         tensors = run.policy_trainer.named_hf_tensors()
         write_hf_directory(run.hf_directory, tensors, like=Path(config.model.hf_model), parallel=run.parallel)
         logger.info("wrote %s", run.hf_directory)

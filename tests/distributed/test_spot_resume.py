@@ -86,8 +86,9 @@ def rollout(spot: SpotTraining) -> dict[str, float]:
 
 def checkpoints(spot, save: Path, world: Meeting) -> Checkpoints:
     return Checkpoints(
-        save, trainer=SimpleNamespace(save=lambda folder: None), parallel=world, history=SuffixHistory(0), tail=spot,
-        speculation=NoSpeculation(), trace=NoTrace(), interval=1, retain=9, train_iters=9,
+        save, trainer=SimpleNamespace(save=lambda folder: None, checkpoint_bytes=lambda: 0), parallel=world,
+        history=SuffixHistory(0), tail=spot, speculation=NoSpeculation(), trace=NoTrace(), interval=1, retain=9,
+        train_iters=9, resumed_iteration=0,
     )  # fmt: skip
 
 

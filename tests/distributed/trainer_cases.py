@@ -47,7 +47,7 @@ def make_trainer(
         hf_config=hf_config,
         model=model,
         optimizer=optimizer or OptimizerConfig(lr=1e-3),
-        objective=objective or PolicyObjective(rl or RLConfig()),
+        objective=objective or PolicyObjective(rl or RLConfig(max_logprob_diff=None)),
         sampling=sampling or SamplingConfig(temperature=1.0, max_response_tokens=64),
         parallel=parallel,
         train_iters=10,

@@ -184,13 +184,16 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen | Forked
 
 
 def records(save: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
+    """metrics.jsonl without what depends on the clock or on the machine."""
     path = save / "metrics.jsonl"
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     timed = ("_s", "_frac_of_time", "idle_frac", "tokens_per_s")
-    return [{name: value for name, value in line.items() if not name.endswith(timed)} for line in lines]
+    return [
+        {name: value for name, value in line.items() if not name.endswith(timed) and not name.startswith("host/")}
+        for line in lines
+    ]
 
 
 def spans(save: Path, name: str, rank: int = 0) -> int:

@@ -6,6 +6,7 @@ import pytest
 
 from pretrain_rl import main
 from tests.e2e.runs import flags
+from tlt.manifest import digests, write_manifest
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
@@ -55,6 +56,7 @@ def test_the_valid_configuration_passes(tiny_models, tmp_path, monkeypatch):
         ({"rollout_engine_args": "{"}, ["--rollout-engine-args", "JSON object"]),
         ({"rollout_engine_args": '{"dtype": "auto"}'}, ["--rollout-engine-args", "dtype", "other flags"]),
         ({"lr": "fast"}, ["--lr", "fast"]),
+        ({"fault": "sigkill@lunch/1"}, ["--fault", "sigkill@lunch/1", "weight_sync"]),
         ({"dry_run": False}, ["torchrun"]),
     ],
 )
@@ -88,6 +90,7 @@ def test_a_bad_line_of_a_file_is_named(refused, tmp_path, lines, parts):
 def test_a_folder_with_a_run_is_not_overwritten(refused, tmp_path):
     checkpoint = tmp_path / "run" / "iter_0000003"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "run_state.json").write_text(json.dumps({"format": 1, "iteration": 3}))
+    (checkpoint / "run_state.json").write_text(json.dumps({"format": 2, "iteration": 3}))
+    write_manifest(checkpoint, digests(checkpoint))
     assert "--save" in refused(load=None)
     assert "--seed was None, is 1234" in refused()

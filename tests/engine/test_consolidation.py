@@ -21,6 +21,7 @@ from tlt.rollout.collector import ReplicaReport, in_order
 from tlt.rollout.consolidation import Consolidation, NoConsolidation
 from tlt.rollout.handover import HandoverBoard
 from tlt.rollout.outlook import Outlook
+from tlt.rollout.resources import own_resources
 from tlt.rollout.vllm.engine import VLLMRolloutEngine
 from tlt.types import EngineStats, Rollout, RolloutGroup, SamplingConfig, TailReport
 
@@ -127,7 +128,7 @@ def gathered(groups: list[RolloutGroup], engine: VLLMRolloutEngine) -> list[Repl
     ]
     report = ReplicaReport(
         groups=own if engine.is_replica_leader else [], stats=EngineStats(), begin_s=0.0, end_s=1.0,
-        tail=TailReport(), reward_stats={}, interrupted=False,
+        tail=TailReport(), reward_stats={}, interrupted=False, resources=own_resources(history_bytes=0),
     )  # fmt: skip
     reports: list[ReplicaReport] = [report] * dist.get_world_size()
     dist.all_gather_object(reports, report)

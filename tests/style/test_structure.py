@@ -19,6 +19,9 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "config": set(),
     "disk": set(),
     "interrupt": set(),
+    "manifest": set(),
+    "heartbeat": set(),
+    "faults": {"trace"},
     "progress": set(),
     "arguments": {"config"},
     "provenance": {"config", "arguments"},
@@ -29,11 +32,11 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "policy": BASE | {"metrics", "trace", "parallel", "rl"},
     "weight_sync": BASE | {"trace", "parallel", "protocols"},
     "rollout": BASE | {"trace", "parallel", "protocols", "interrupt", "spec", "drafter"},
-    "run_state": {"disk", "drafter", "parallel", "protocols", "trace"},
+    "run_state": {"disk", "drafter", "manifest", "parallel", "protocols", "trace"},
     "evaluation": {"rollout", "types"},
     "loop": {
-        "config", "evaluation", "interrupt", "metrics", "parallel", "progress", "protocols", "rl", "rollout",
-        "run_state", "trace", "types",
+        "config", "evaluation", "heartbeat", "interrupt", "metrics", "parallel", "progress", "protocols", "rl",
+        "rollout", "run_state", "trace", "types",
     },
     "timeline": set(),
     "simulation": BASE | {"drafter", "rollout", "spec", "spot", "timeline"},
@@ -42,7 +45,9 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "spec": BASE,
     "spot": BASE | {"parallel", "protocols", "trace"},
     "drafter": BASE | {"disk", "spec"},
-    "sft": BASE | {"data", "interrupt", "metrics", "parallel", "policy", "progress", "run_state", "trace"},
+    "sft": BASE | {
+        "data", "heartbeat", "interrupt", "metrics", "parallel", "policy", "progress", "run_state", "trace",
+    },
     "launch": {"arguments"},
     "footprint": {"config", "rl", "rollout", "weight_sync"},
     "rehearsal": {"build", "config", "data", "footprint", "rollout"},
@@ -130,3 +135,24 @@ def test_the_lock_is_hashed_and_leaves_torchvision_out():
     assert not {"torchvision", "torchaudio", "torchcodec", "apex"} & set(names)
     assert lock.count("--hash=sha256:") >= len(names)
     assert "://" not in re.sub(r"^#.*", "", lock, flags=re.M)
+
+
+UNSAFE = {
+    "pickle": r"\bpickle\b|\bcloudpickle\b|\bdill\b|\bshelve\b|\bmarshal\b",
+    "code from text": r"(?<![\w.])(eval|exec|compile)\(|\byaml\.(unsafe_)?load\(|\bos\.system\(|shell=True",
+    "code from a model's folder": r"trust_remote_code\s*=\s*True",
+    "NumPy objects": r"allow_pickle\s*=\s*True",
+}
+
+
+@pytest.mark.parametrize("path", [*SOURCES, ROOT / "pretrain_rl.py"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_from_outside_is_executed(path):
+    text = path.read_text()
+    for what, pattern in UNSAFE.items():
+        if what == "pickle" and path == TLT / "policy" / "metadata.py":
+            continue  # the one that lets nothing through
+        assert not re.search(pattern, text), what
+    for call in ast.walk(ast.parse(text)):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "torch.load":
+            safe = [word.value for word in call.keywords if word.arg == "weights_only"]
+            assert [ast.unparse(value) for value in safe] == ["True"], "torch.load without weights_only=True"

@@ -17,6 +17,7 @@ from tlt.rollout import consolidation
 from tlt.rollout.collector import ReplicaReport, in_order
 from tlt.rollout.consolidation import Consolidation, Pending, decode_s, worth_moving
 from tlt.rollout.handover import HandoverBoard
+from tlt.rollout.resources import own_resources
 from tlt.types import EngineStats, Rollout, RolloutGroup, TailReport
 
 
@@ -297,7 +298,7 @@ def test_nothing_moves_where_it_does_not_pay(each, step_s):
 def report(groups: list[RolloutGroup]) -> ReplicaReport:
     return ReplicaReport(
         groups=groups, stats=EngineStats(), begin_s=0.0, end_s=1.0, tail=TailReport(), reward_stats={},
-        interrupted=False,
+        interrupted=False, resources=own_resources(history_bytes=0),
     )  # fmt: skip
 
 

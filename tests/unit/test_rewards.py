@@ -1,15 +1,23 @@
 """Scoring is exact; whatever a scorer does, the run goes on."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tlt.config import RewardConfig
 from tlt.rewards.pool import RewardPool
-from tlt.rewards.scoring import extract, score
+from tlt.rewards.scoring import extract, last_answer, score
 from tlt.types import Prompt, Rollout, RolloutGroup
+from tools.fuzz_graders import fuzz
 
 SUM = {
     "kind": "reasoning-gym",
@@ -71,7 +79,21 @@ def scripted(answer: dict, response: str) -> float:
         response = "good"
     if response == "raise":
         raise ValueError("weird response")
-    return float(response == "good")
+    if response == "print":
+        print("x" * 1000, flush=True)
+        os.write(2, b"y" * 1000)
+        return 1.0
+    if response == "eat":
+        bytearray(2**31)
+    if response.startswith("leak"):
+        LEAKED.append(bytes(100 * 2**20))
+    if response in WRONG:
+        return WRONG[response]
+    return float(response == "good" or response.startswith("leak"))
+
+
+LEAKED: list[bytes] = []
+WRONG = {"nan": float("nan"), "infinite": float("inf"), "none": None, "text": "1.0", "huge": "9" * 10**6}
 
 
 def group(name: str, texts: list[str]) -> RolloutGroup:
@@ -116,6 +138,78 @@ def test_a_signal_to_all_processes_of_a_job_costs_no_reward(pool):
     assert pool.collect(groups)[0].rewards == (1.0,)
 
 
+def test_scorers_that_eat_leak_print_or_return_no_number(capfd):
+    pool = RewardPool(RewardConfig(timeout_s=10.0, memory_mib=1000), scorer=scripted)
+    leaking = [f"leak {index}" for index in range(25)]  # 2.5 GiB in all
+    groups = [group("a", ["good", "eat", "print", "bad"]), group("b", leaking), group("c", ["good", *WRONG])]
+    try:
+        submit(pool, groups)
+        first, second, third = (item.rewards for item in pool.collect(groups))
+    finally:
+        pool.close()
+    assert first == (1.0, 0.0, 1.0, 0.0)
+    assert second == (1.0,) * len(leaking), "who comes after a leak loses nothing"
+    assert third == (1.0,) + (0.0,) * len(WRONG)
+    assert pool.stats()["reward/errors"] == 1 + len(WRONG)
+    assert pool.stats()["reward/out_of_memory"] >= 3
+    captured = capfd.readouterr()
+    assert "xxx" not in captured.out
+    assert "yyy" not in captured.err
+
+
+ORPHAN = """
+import os, sys, time
+from tests.unit.test_rewards import RewardConfig, RewardPool, group, scripted, submit
+if __name__ == "__main__":
+    pool = RewardPool(RewardConfig(), scorer=scripted)
+    groups = [group("a", ["good", "hang"])]
+    submit(pool, groups)
+    pool.pending["a", 0][0].result()
+    print(next(iter(pool.pool._pool_manager.worker_manager.workers)), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_scorer_ends_with_its_rank_however_that_ends(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    ended = subprocess.run(
+        [sys.executable, str(tmp_path / "orphan.py")], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    deadline = time.monotonic() + 20
+    while is_running(int(ended.stdout)):
+        assert time.monotonic() < deadline, "the scorer sleeps on"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+HOSTILE = (
+    "<answer>" * 120_000, "</answer>" * 110_000, "<answer>8" * 100_000 + "</answer>", "8" * 10**6, "-" * 10**6,
+    "8," * 500_000, "1." * 500_000, "\n" * 10**6, "\x00" * 10**6, "8\n" * 500_000, " " * 10**6 + "8",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("gold", ["8", "eight"])
+@pytest.mark.parametrize("response", HOSTILE, ids=lambda text: repr(text[:12]))
+def test_extraction_is_linear_in_a_megabyte(response, gold):
+    begin_s = time.process_time()
+    extract(response, gold)
+    assert time.process_time() - begin_s < 2
+
+
+@given(st.lists(st.sampled_from(["<answer>", "</answer>", "8", " ", "<answer", ">", "x"]), max_size=12).map("".join))
+def test_the_last_answer_is_that_of_a_scan_from_the_left(text):
+    found = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
+    assert last_answer(text) == (found[-1] if found else None)
+
+
 def test_a_response_that_was_not_submitted_is_an_error(pool):
     with pytest.raises(RuntimeError, match="never submitted"):
         pool.collect([group("a", ["good"])])
@@ -130,8 +224,13 @@ def test_abandoned_responses_are_forgotten(pool):
 
 
 def test_scoring_needs_no_engine_and_no_torch():
-    import subprocess
-    import sys
-
     code = "import sys, tlt.rewards.scoring; sys.exit('torch' in sys.modules or 'vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_hostile_responses_get_a_reward_each():
+    counts = fuzz(120, seed=5, timeout_s=5.0, memory_mib=1500, workers=1)
+    rewards = Counter({key: value for key, value in counts.items() if not isinstance(key, str)})
+    assert rewards.total() == 120
+    assert {reward for _, reward in rewards} <= {0.0, 1.0}
+    assert len({kind for kind, _ in rewards}) >= 5

@@ -62,11 +62,14 @@ class OptimizerConfig:
     """Term added to the denominator."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
+    max_skipped_steps: int = 3
+    """Optimizer steps in a row that may be skipped, each counted (`policy/skipped_steps`), because gradients are not
+    finite or --rl-max-logprob-diff is exceeded; one more stops the run."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks."""
 
     def __post_init__(self):
-        for flag in ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters"):
+        for flag in ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "max_skipped_steps"):
             value = getattr(self, flag)
             require(value >= 0, "--" + flag.replace("_", "-"), value, "at least 0")
         for flag in ("adam_beta1", "adam_beta2"):

@@ -37,6 +37,9 @@ class RLConfig:
     importance_sampling_cap: float | None = 2.0
     """Cap of exp(old logprob - rollout logprob), which corrects the mismatch of trainer and engine (truncated
     importance sampling); None does not correct."""
+    max_logprob_diff: float | None = 1.0
+    """Mean |old logprob - rollout logprob| over an optimizer step's tokens, in nats, above which the step is skipped
+    and counted (`policy/skipped_steps`): the engine then runs another policy than the trainer. None never skips."""
     drop_equal_groups: bool = False
     """Leave out groups whose rewards are all equal: they have no gradient (DAPO's dynamic sampling)."""
     refill_rounds: int = 0
@@ -57,6 +60,12 @@ class RLConfig:
             "--rl-optimizer-steps",
             self.optimizer_steps,
             f"at most --rl-prompts-per-iteration ({self.prompts_per_iteration})",
+        )
+        require(
+            self.max_logprob_diff is None or self.max_logprob_diff > 0,
+            "--rl-max-logprob-diff",
+            self.max_logprob_diff,
+            "above 0",
         )
         require(0 <= self.clip_low <= 1, "--rl-clip-low", self.clip_low, "in [0, 1]")
         require(self.clip_high >= 0, "--rl-clip-high", self.clip_high, "at least 0")

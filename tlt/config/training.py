@@ -24,8 +24,12 @@ class TrainingConfig:
     """Checkpoints kept in --save; older ones are deleted after a newer one is complete."""
     tensorboard_dir: str | None = None
     """Folder of TensorBoard events; None means <save>/tensorboard."""
-    distributed_timeout_minutes: int = 10
-    """Minutes until a collective that a rank does not reach raises instead of waiting on."""
+    distributed_timeout_minutes: float = 10.0
+    """Minutes until a collective that a rank does not reach raises instead of waiting on, and after which a rank that
+    does not move or is not heard of ends the run, saying where it was. Must exceed the longest tail of a rollout."""
+    fault: tuple[str, ...] | None = None
+    """For tests: things to go wrong, each `<kind>@<point>/<iteration>[/<rank>]`, for instance `sigkill@update/2/1`
+    (tlt/faults.py)."""
     dry_run: bool = False
     """Check the configuration for the ranks that WORLD_SIZE names (LOCAL_WORLD_SIZE of them on a node), print it and
     the memory it takes, and stop before any model is built. Of --hf-model a config.json is enough."""
@@ -39,10 +43,10 @@ class TrainingConfig:
         require(self.save_interval >= 0, "--save-interval", self.save_interval, "at least 0 iterations")
         require(self.save_retain >= 1, "--save-retain", self.save_retain, "at least 1 checkpoint")
         require(
-            self.distributed_timeout_minutes >= 1,
+            self.distributed_timeout_minutes > 0,
             "--distributed-timeout-minutes",
             self.distributed_timeout_minutes,
-            "at least 1 minute",
+            "above 0",
         )
         require(
             self.dry_run_gpu_gib is None or self.dry_run_gpu_gib > 0,
@@ -64,12 +68,16 @@ class DataConfig:
     evenly."""
     exclude: tuple[str, ...] | None = None
     """JSONL files whose questions are neither trained on nor held out, for instance those of a cold start."""
+    max_rejected: int = 0
+    """Bad lines of each JSONL file that are left out, each named in the log; with more of them the run does not
+    start."""
     instruction: str = ""
     """Text appended to every question."""
     chat_template: bool = True
     """Put the question through the tokenizer's chat template; --no-data-chat-template uses it as it is."""
 
     def __post_init__(self):
+        require(self.max_rejected >= 0, "--data-max-rejected", self.max_rejected, "at least 0 lines")
         require(len(self.train) > 0, "--data-train", self.train, "at least one source")
         if self.weights is not None:
             require(
@@ -109,7 +117,10 @@ class RewardConfig:
     """Scoring processes of each rollout replica."""
     timeout_s: float = 10.0
     """Seconds after which the scoring of one response is stopped and counted as reward 0."""
+    memory_mib: int = 4096
+    """MiB of memory that a scoring process may have; one that wants more is ended, its response scored again once."""
 
     def __post_init__(self):
         require(self.workers >= 1, "--reward-workers", self.workers, "at least 1")
+        require(self.memory_mib >= 1, "--reward-memory-mib", self.memory_mib, "at least 1 MiB")
         require(self.timeout_s > 0, "--reward-timeout-s", self.timeout_s, "above 0 seconds")

@@ -59,7 +59,11 @@ class PromptStream:
     seed and cursor."""
 
     def __init__(self, config: DataConfig, builder: PromptBuilder, *, seed: int, excluded: Set[str]):
-        self.sources = [parse_source(spec, "--data-train", seed=derive_seed(seed, "train")) for spec in config.train]
+        self.sources = [
+            parse_source(
+                spec, "--data-train", seed=derive_seed(seed, "train"), max_rejected=config.max_rejected
+            ) for spec in config.train
+        ]  # fmt: skip
         self.weights = config.weights or tuple(1.0 for _ in self.sources)
         self.builder = builder
         self.seed = seed
@@ -122,7 +126,7 @@ def held_out_prompts(
     weights = (None if eval_config.sources else data.weights) or [1.0] * len(specs)
     prompts: dict[str, Prompt] = {}
     for number, spec in enumerate(specs):
-        source = parse_source(spec, flag, seed=derive_seed(seed, "held out"))
+        source = parse_source(spec, flag, seed=derive_seed(seed, "held out"), max_rejected=data.max_rejected)
         wanted = round(eval_config.num_prompts * sum(weights[: number + 1]) / sum(weights))
         num_draws = MAX_DRAWS if source.num_problems is None else source.num_problems
         for position in range(num_draws):

@@ -4,11 +4,13 @@ import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
+
+from tlt.data.jsonl import is_text, numbered_lines, parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +47,15 @@ def question_key(question: str) -> str:
     return " ".join(question.lower().split())
 
 
-def parse_source(spec: str, flag: str, *, seed: int) -> Source:
-    """`reasoning-gym:<task>[:<JSON configuration>]` or `jsonl:<file>`. Raises ValueError naming the flag."""
+def parse_source(spec: str, flag: str, *, seed: int, max_rejected: int = 0) -> Source:
+    """`reasoning-gym:<task>[:<JSON configuration>]` or `jsonl:<file>`, of which `max_rejected` lines may be
+    bad. Raises ValueError naming the flag."""
     kind, _, rest = spec.partition(":")
     if kind == "reasoning-gym" and rest:
         task, _, config = rest.partition(":")
         return ReasoningGymSource(task, config, flag, seed=seed)
     if kind == "jsonl" and rest:
-        return JsonlSource(Path(rest), flag, seed=seed)
+        return JsonlSource(Path(rest), flag, seed=seed, max_rejected=max_rejected)
     raise ValueError(f"{flag} must be `reasoning-gym:<task>[:<JSON configuration>]` or `jsonl:<file>`, got {spec!r}")
 
 
@@ -115,9 +118,9 @@ class ShuffledEpochs:
 class JsonlSource:
     """Questions of a file in an order shuffled anew each epoch; a function of (seed, position)."""
 
-    def __init__(self, path: Path, flag: str, *, seed: int):
+    def __init__(self, path: Path, flag: str, *, seed: int, max_rejected: int = 0):
         self.name = f"jsonl:{path}"
-        self.problems = read_jsonl(path, flag)
+        self.problems = read_jsonl(path, flag, max_rejected=max_rejected)
         self.num_problems = len(self.problems)
         self.order = ShuffledEpochs(self.num_problems, derive_seed(seed, self.name))
 
@@ -125,38 +128,36 @@ class JsonlSource:
         return self.problems[self.order.index(position)]
 
 
-def read_jsonl(path: Path, flag: str) -> list[Problem]:
-    """Problems of a file, repeated questions left out. Raises ValueError naming file and line."""
+def read_jsonl(path: Path, flag: str, *, max_rejected: int = 0) -> list[Problem]:
+    """Problems of a file, repeated questions left out. Up to `max_rejected` bad lines are left out too, each named in
+    the log; ValueError naming file and line where there are more."""
     if not path.is_file():
         raise ValueError(f"{flag}: {path} is not a file")
     problems: dict[str, Problem] = {}
-    num_repeated = 0
+    repeated, rejected = [], []
     for number, line in numbered_lines(path):
-        problem = parse_line(line, f"{path}, line {number}", f"jsonl:{path}/{number}")
-        key = question_key(problem.question)
-        num_repeated += key in problems
-        problems.setdefault(key, problem)
+        try:
+            problem = parse_line(line, f"{path}, line {number}", f"jsonl:{path}/{number}")
+        except ValueError as error:
+            rejected.append(str(error))
+            continue
+        if problems.setdefault(question_key(problem.question), problem) is not problem:
+            repeated.append(number)
+    if len(rejected) > max_rejected:
+        more = f"; {len(rejected)} lines are bad, --data-max-rejected allows {max_rejected}" if rejected[1:] else ""
+        raise ValueError(rejected[0] + more)
     if not problems:
         raise ValueError(f"{flag}: {path} holds no problem")
-    if num_repeated:
-        logger.warning("%s: %d lines repeat an earlier question and are left out", path, num_repeated)
+    for error in rejected:
+        logger.warning("rejected: %s", error)
+    if repeated:
+        logger.warning("%s: %d lines repeat an earlier question and are left out: %s", path, len(repeated), repeated)
     return list(problems.values())
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of a text file, blank lines left out."""
-    with path.open(encoding="utf-8") as file:
-        yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
 
 
 def parse_question(line: str, where: str) -> tuple[dict, str, tuple[dict, ...] | None]:
     """(record, question, messages or None) of a JSONL object with `prompt`, `question` or `messages`."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")
+    record = parse_object(line, where)
     messages = record.get("messages")
     question = record.get("prompt", record.get("question"))
     if messages is not None:
@@ -169,6 +170,8 @@ def parse_question(line: str, where: str) -> tuple[dict, str, tuple[dict, ...] |
         question = messages[-1]["content"]
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f'{where}: needs "prompt", "question" or "messages" with text, got keys {sorted(record)}')
+    if not all(map(is_text, [question, *(text for each in messages or () for text in each.values())])):
+        raise ValueError(f"{where}: has half a character (a lone surrogate)")
     return record, question, None if messages is None else tuple(messages)
 
 
@@ -182,7 +185,9 @@ def parse_line(line: str, where: str, name: str) -> Problem:
     """One JSONL object: a question and `answer` (text or number; GSM8K's `#### 42` too)."""
     record, question, messages = parse_question(line, where)
     answer = record.get("answer")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+    is_finite = not isinstance(answer, float) or math.isfinite(answer)
+    is_scalar = isinstance(answer, str | int | float) and not isinstance(answer, bool) and is_finite
+    if not is_scalar or not str(answer).strip() or not is_text(str(answer)):
         raise ValueError(f'{where}: needs "answer", a text or a number, got {answer!r}')
     gold = str(answer).rpartition("####")[2].strip()
     return Problem(

@@ -30,6 +30,8 @@ class HiddenStateBuffer:
         self.num_bytes = 0
         self.num_dropped = 0
         """Left for lack of room."""
+        self.num_unsound = 0
+        """Never entered: not all of their hidden states are finite."""
         self._samples: dict[int, list[HiddenStateSample]] = {}  # by policy version, oldest first
         self._lengths: dict[int, list[int]] = {}  # of all samples that came, sorted; dropped ones too
 
@@ -39,7 +41,11 @@ class HiddenStateBuffer:
         return self.max_bytes > 0
 
     def add(self, sample: HiddenStateSample) -> None:
-        """Keep a sample; one that is larger than the whole buffer is dropped and counted, as is a too old one."""
+        """Keep a sample; one that is larger than the whole buffer is dropped and counted, as is a too old one, and one
+        whose hidden states are not all finite."""
+        if not is_sound(sample):
+            self.num_unsound += 1
+            return
         version, size = sample.policy_version, num_bytes(sample)
         newest = max([version, *self._samples])
         if size > self.max_bytes or self._is_old(version, newest):
@@ -124,6 +130,12 @@ class HiddenStateBuffer:
 def stratum(sample: HiddenStateSample, edges: list[int]) -> int:
     """Length class of a sample."""
     return bisect_right(edges, len(sample.token_ids))
+
+
+def is_sound(sample: HiddenStateSample) -> bool:
+    """Whether all of its hidden states are finite: one that is not would make a NaN of the whole head."""
+    states = (sample.last_hidden_states, sample.aux_hidden_states)
+    return all(bool(each.isfinite().all()) for each in states if each is not None)
 
 
 def num_bytes(sample: HiddenStateSample) -> int:

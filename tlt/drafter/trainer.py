@@ -116,6 +116,7 @@ class DrafterTrainer:
     ) -> dict[str, float]:
         """One optimizer step; means of its metrics. {} if stopped before its end: then nothing was changed.
 
+        Raises FloatingPointError, and changes nothing, where a gradient is not finite; on all ranks of the group.
         Collective over the group; all ranks must call, with pieces of their own.
         """
         begin_s = time.perf_counter()
@@ -129,6 +130,9 @@ class DrafterTrainer:
         sums["stop"] = torch.tensor(float(should_stop()))
         sums = self._reduce(sums)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_grad)
+        if not norm.isfinite():
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(f"the drafter's gradients are not finite in step {self.num_steps + 1}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * lr_scale
         self.optimizer.step()

@@ -10,6 +10,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MegatronModule
 
+from tlt.policy.metadata import check_metadata
+
 OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Layout of a distributed optimizer's state that does not depend on the number of data-parallel ranks."""
 
@@ -30,7 +32,9 @@ def save_policy(
 def load_policy(
     folder: Path, model: MegatronModule, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
 ) -> None:
-    """Read what `save_policy` wrote, at this layout. Collective over all ranks; all must call."""
+    """Read what `save_policy` wrote, at this layout. ValueError for a folder that may not be read. Collective over all
+    ranks; all must call."""
+    check_metadata(folder)
     _begin_adam_state(optimizer)
     model_state = model.sharded_state_dict()
     state = {

@@ -17,6 +17,7 @@ from tlt.parallel import Parallel
 from tlt.policy.checkpoint import load_policy, save_policy
 from tlt.policy.model import build_policy_model, forward_packed
 from tlt.policy.optimizer import build_optimizer
+from tlt.policy.refusal import StepRefusal
 from tlt.rl.logprobs import LogprobOutputs, vocab_parallel_logprobs
 from tlt.rl.losses import Objective
 from tlt.rl.packing import pack, pack_train_step
@@ -50,7 +51,7 @@ class MegatronPolicyTrainer:
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=optimizer.use_distributed_optimizer,
-                check_for_nan_in_grad=True,  # stops before a NaN reaches the weights
+                check_for_nan_in_grad=False,  # StepRefusal looks, and all ranks hear: this one would raise on one
             ),
             self.stage,
         )
@@ -60,6 +61,9 @@ class MegatronPolicyTrainer:
             bf16=model.bf16,
             steps_per_iteration=objective.steps_per_iteration,
             train_iters=train_iters,
+        )
+        self.refusal = StepRefusal(
+            max_logprob_diff=objective.max_logprob_diff, max_in_a_row=optimizer.max_skipped_steps
         )
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -88,16 +92,18 @@ class MegatronPolicyTrainer:
                     micro_batch.ref_logprobs = outputs.logprobs
         logprobs_s = time.perf_counter() - begin_s
 
-        total, grad_norms = MetricSums(), []
+        total, grad_norms = MetricSums(), []  # a norm of each step that was taken
         with self.trace.span("update"):
             for micro_batches in steps:
                 metrics, grad_norm = self._optimizer_step(micro_batches)
                 total.add(metrics)
-                grad_norms.append(grad_norm)
+                if grad_norm is not None:
+                    grad_norms.append(grad_norm)
         metrics = {f"policy/{name}": value for name, value in self._reduce(total).items()}
         metrics["policy/grad_norm"] = sum(grad_norms) / len(grad_norms) if grad_norms else 0.0
         metrics["policy/lr"] = self.optimizer.param_groups[0]["lr"]
         metrics["policy/optimizer_steps"] = float(len(steps))
+        metrics["policy/skipped_steps"] = float(len(steps) - len(grad_norms))
         metrics["policy/logprobs_s"] = logprobs_s
         metrics["policy/update_s"] = time.perf_counter() - begin_s - logprobs_s
         return metrics
@@ -172,9 +178,9 @@ class MegatronPolicyTrainer:
         if self.parallel.is_last_stage:
             yield from zip(micro_batches, collected, strict=True)
 
-    def _optimizer_step(self, micro_batches: list[PackedMicroBatch]) -> tuple[MetricSums, float]:
-        """Gradients of all micro-batches, one step of the optimizer; this rank's metrics and the global gradient
-        norm."""
+    def _optimizer_step(self, micro_batches: list[PackedMicroBatch]) -> tuple[MetricSums, float | None]:
+        """Gradients of all micro-batches, one step of the optimizer; this rank's metrics and the global gradient norm,
+        None where the step was skipped."""
 
         def loss(micro_batch: PackedMicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, MetricSums]:
             result = self.objective(self._outputs(logits, micro_batch), micro_batch)
@@ -185,14 +191,19 @@ class MegatronPolicyTrainer:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         collected = self._run(self.ddp, micro_batches, loss, forward_only=False)
-        succeeded, grad_norm, _ = self.optimizer.step()
-        if not succeeded:
-            raise RuntimeError("the optimizer refused the step: gradients are not finite")
-        self.scheduler.step(increment=1)
         metrics = MetricSums()
         if self.parallel.is_last_stage and self.parallel.tp_rank == 0:
             for record in collected:
                 metrics.add(record)
+        reason = self.refusal.reason(self.ddp, metrics, self.parallel.sum)
+        if reason is not None:
+            logger.error("rank %d skips an optimizer step: %s", self.parallel.rank, reason)
+            return metrics, None
+        self.trace.point("optimizer_step")
+        succeeded, grad_norm, _ = self.optimizer.step()
+        if not succeeded:
+            raise RuntimeError("the optimizer refused the step: gradients are not finite")
+        self.scheduler.step(increment=1)
         return metrics, float(grad_norm)
 
     def _reduce(self, own: MetricSums) -> dict[str, float]:
@@ -215,6 +226,12 @@ class MegatronPolicyTrainer:
             self.ddp.restore_grad_buffers()
             self.optimizer.restore_from_cpu()
             self.is_offloaded = False
+
+    def checkpoint_bytes(self) -> int:
+        """This rank's part of what `save` writes: weights, two moments and, beside bf16, master weights in float32."""
+        num_floats = 3 if self.model_config.bf16 else 2
+        own = sum(each.numel() * (each.element_size() + 4 * num_floats) for each in self.stage.parameters())
+        return own // self.parallel.dp_size
 
     def save(self, folder: Path) -> None:
         """Write model, optimizer and schedule. Collective over all ranks; all must call."""

@@ -2,7 +2,7 @@
 
 import logging
 import multiprocessing
-import signal
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -12,15 +12,13 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from tlt.config import RewardConfig
 from tlt.rewards.scoring import score
+from tlt.rewards.worker import OUT_OF_MEMORY, enter, guarded
 from tlt.types import Prompt, Rollout, RolloutGroup
 
 logger = logging.getLogger(__name__)
 
-
-def ignore_stop_signal() -> None:
-    """A cluster signals all processes of a job, and its ranks finish what they are at before they stop: an evaluation
-    needs its scores."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+SCORINGS_PER_PROCESS = 10_000
+"""Then it is replaced: what leaks does not grow for ever."""
 
 
 class RewardPool:
@@ -31,15 +29,19 @@ class RewardPool:
         self.scorer = scorer
         # spawn: a forked child would inherit the engine's threads and locks.
         self.pool = ProcessPool(
-            max_workers=config.workers, context=multiprocessing.get_context("spawn"), initializer=ignore_stop_signal
-        )
-        self.pending: dict[tuple[str, int], ProcessFuture] = {}
+            max_workers=config.workers, max_tasks=SCORINGS_PER_PROCESS, initializer=enter,
+            initargs=[config.memory_mib, os.getpid()], context=multiprocessing.get_context("spawn"),
+        )  # fmt: skip
+        self.pending: dict[tuple[str, int], tuple[ProcessFuture, tuple[dict, str]]] = {}
         self._stats: dict[str, float] = {}
 
     def submit(self, prompt: Prompt, sample_index: int, rollout: Rollout) -> None:
         """Start scoring; returns at once."""
-        future = self.pool.schedule(self.scorer, args=[prompt.answer, rollout.text], timeout=self.config.timeout_s)
-        self.pending[prompt.prompt_id, sample_index] = future
+        response = (prompt.answer, rollout.text)
+        self.pending[prompt.prompt_id, sample_index] = (self._schedule(response), response)
+
+    def _schedule(self, response: tuple[dict, str]) -> ProcessFuture:
+        return self.pool.schedule(guarded, args=[self.scorer, *response], timeout=self.config.timeout_s)
 
     def collect(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
         """The groups with their rewards; waits for what was submitted.
@@ -47,7 +49,7 @@ class RewardPool:
         Raises RuntimeError for a rollout that was never submitted.
         """
         begin_s = time.perf_counter()
-        self._stats = {"reward/timeouts": 0.0, "reward/errors": 0.0}
+        self._stats = {"reward/timeouts": 0.0, "reward/errors": 0.0, "reward/out_of_memory": 0.0}
         scored = [
             replace(
                 group,
@@ -59,10 +61,18 @@ class RewardPool:
         return scored
 
     def _reward(self, prompt_id: str, sample_index: int) -> float:
-        future = self.pending.pop((prompt_id, sample_index), None)
-        if future is None:
+        if (prompt_id, sample_index) not in self.pending:
             raise RuntimeError(f"response {sample_index} of {prompt_id} was never submitted for scoring")
+        future, response = self.pending.pop((prompt_id, sample_index))
         error = future.exception()
+        if isinstance(error, ProcessExpired) and error.exitcode == OUT_OF_MEMORY:
+            self._stats["reward/out_of_memory"] += 1
+            logger.warning(
+                "scoring response %d of %s: the process reached --reward-memory-mib %d; scoring it in a new one",
+                sample_index, prompt_id, self.config.memory_mib,
+            )  # fmt: skip
+            future = self._schedule(response)  # others may have left the process full
+            error = future.exception()
         if error is None:
             return future.result()
         is_timeout = isinstance(error, FutureTimeout)
@@ -75,7 +85,7 @@ class RewardPool:
 
     def abandon(self) -> None:
         """Forget what was submitted since the last `collect`."""
-        for future in self.pending.values():
+        for future, _ in self.pending.values():
             future.cancel()
         self.pending.clear()
 

@@ -41,14 +41,26 @@ def exact_score(value: float) -> float:
 def extract(response: str, gold: str | None) -> str:
     """The answer in a response: the last <answer> element, else the last number where the gold answer is one, else the
     last line with text."""
-    tagged = re.findall(r"<answer>(.*?)</answer>", response, flags=re.DOTALL)
-    if tagged:
-        return tagged[-1].strip()
+    tagged = last_answer(response)
+    if tagged is not None:
+        return tagged.strip()
     if gold is not None and NUMBER.fullmatch(gold.strip()):
         numbers = NUMBER.findall(response)
         return numbers[-1].replace(",", "") if numbers else ""
     lines = [line.strip() for line in response.splitlines() if line.strip()]
     return lines[-1] if lines else ""
+
+
+def last_answer(response: str) -> str | None:
+    """Text of the last <answer> element, the one that a scan from the left ends with; None without one. Linear in the
+    length: a response may be nothing but opening tags."""
+    found, begin = None, 0
+    while (opening := response.find("<answer>", begin)) >= 0:
+        closing = response.find("</answer>", opening + 8)
+        if closing < 0:
+            return found
+        found, begin = response[opening + 8 : closing], closing + 9
+    return found
 
 
 def score_math(answer: dict, response: str) -> float:

@@ -27,6 +27,8 @@ class Objective(Protocol):
     """Most optimizer steps that one batch has."""
     uses_reference: bool
     """Whether micro-batches need the reference policy's logprobs."""
+    max_logprob_diff: float | None
+    """Mean |old logprob - rollout logprob| in nats above which an optimizer step is skipped; None never skips."""
 
     def __call__(self, outputs: LogprobOutputs, batch: PackedMicroBatch) -> LossOutputs:
         """Loss and metrics of one micro-batch."""
@@ -39,6 +41,7 @@ class PolicyObjective:
         self.rl = rl
         self.steps_per_iteration = rl.optimizer_steps
         self.uses_reference = rl.kl_coef > 0
+        self.max_logprob_diff = rl.max_logprob_diff
 
     def __call__(self, outputs: LogprobOutputs, batch: PackedMicroBatch) -> LossOutputs:
         result = policy_loss(outputs.logprobs, outputs.entropy, batch, self.rl)
@@ -51,6 +54,7 @@ class LikelihoodObjective:
 
     steps_per_iteration = 1
     uses_reference = False
+    max_logprob_diff = None
 
     def __call__(self, outputs: LogprobOutputs, batch: PackedMicroBatch) -> LossOutputs:
         loss = -(batch.loss_weights * outputs.logprobs).sum()

@@ -1,11 +1,15 @@
 """Scored groups -> the sequences of each optimizer step; a pure function of data that all ranks share."""
 
+import logging
+import math
 import statistics
 from collections.abc import Sequence
 
 from tlt.config import RLConfig
 from tlt.rl.advantages import group_advantages
 from tlt.types import Rollout, RolloutGroup, TrainBatch, TrainSequence
+
+logger = logging.getLogger(__name__)
 
 LOW_ENTROPY = 0.01
 """Nats below which a token counts as certain (arXiv 2506.01939 has half of a reasoning model's tokens there)."""
@@ -14,8 +18,9 @@ LOW_ENTROPY = 0.01
 def build_train_batch(groups: Sequence[RolloutGroup], *, rl: RLConfig, max_response_tokens: int) -> TrainBatch:
     """Advantages, loss weights and the split over optimizer steps (groups stay whole, in order).
 
-    Raises RuntimeError for groups without rewards or of different policy versions. Where every group is dropped the
-    batch has no optimizer step.
+    A group with a logprob that is not finite is left out, named and counted (`rl/unsound_groups`). Raises RuntimeError
+    where that is more than half of them, and for groups without rewards or of different policy versions. Where every
+    group is dropped the batch has no optimizer step.
     """
     versions = {rollout.policy_version for group in groups for rollout in group.rollouts}
     if len(versions) != 1:
@@ -23,14 +28,34 @@ def build_train_batch(groups: Sequence[RolloutGroup], *, rl: RLConfig, max_respo
     for group in groups:
         if group.rewards is None or len(group.rewards) != len(group.rollouts):
             raise RuntimeError(f"group {group.prompt.prompt_id} is not scored: {group.rewards}")
-    kept = [group for group in groups if not (rl.drop_equal_groups and group.is_equal)]
+    sound = sound_groups(groups)
+    kept = [group for group in sound if not (rl.drop_equal_groups and group.is_equal)]
     steps = [
         step_sequences(step, rl=rl, max_response_tokens=max_response_tokens)
         for step in split_evenly(kept, rl.optimizer_steps)
     ]
-    return TrainBatch(
-        optimizer_steps=tuple(steps), policy_version=versions.pop(), metrics=batch_metrics(groups, len(kept))
-    )
+    metrics = batch_metrics(groups, len(kept)) | {"rl/unsound_groups": float(len(groups) - len(sound))}
+    return TrainBatch(optimizer_steps=tuple(steps), policy_version=versions.pop(), metrics=metrics)
+
+
+def sound_groups(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """Those whose logprobs are all finite. RuntimeError where that is less than half of them."""
+    sound = []
+    for group in groups:
+        bad = [each for each in group.rollouts if not all(map(math.isfinite, each.logprobs))]
+        if bad:
+            logger.error(
+                "prompt %s is left out: the engine's logprobs are not finite in responses %s", group.prompt.prompt_id,
+                [each.sample_index for each in bad],
+            )  # fmt: skip
+        else:
+            sound.append(group)
+    if 2 * len(sound) < len(groups):
+        raise RuntimeError(
+            f"the engine's logprobs are not finite in {len(groups) - len(sound)} of {len(groups)} groups; the policy "
+            "is that of the last update"
+        )
+    return sound
 
 
 def split_evenly(groups: Sequence[RolloutGroup], num_steps: int) -> list[Sequence[RolloutGroup]]:

@@ -8,6 +8,7 @@ from tlt.drafter.history import SuffixHistory
 from tlt.interrupt import Interrupt, Interrupted
 from tlt.parallel import Parallel
 from tlt.protocols import RewardFn, RolloutEngine, RolloutInterrupted, TailWork
+from tlt.rollout.resources import Resources, own_resources, resource_metrics
 from tlt.spec.acceptance import AcceptanceStats
 from tlt.trace import Trace
 from tlt.types import EngineStats, Prompt, Rollout, RolloutGroup, SamplingConfig, TailReport
@@ -25,6 +26,7 @@ class ReplicaReport:
     tail: TailReport
     reward_stats: dict[str, float]
     interrupted: bool
+    resources: Resources
 
 
 class RolloutCollector:
@@ -75,16 +77,30 @@ class RolloutCollector:
             tail=tail,
             reward_stats=self.rewards.stats() if has_rewards else {},
             interrupted=self.interrupt.is_requested(),
+            resources=own_resources(history_bytes=self.history.num_bytes),
         )
         with self.trace.span("rollout_exchange"):
             reports = self.parallel.all_gather_objects(report)
         if any(report.interrupted for report in reports):
             raise Interrupted
         groups = in_order(prompts, reports, group_size=group_size)
+        check_versions(groups, policy_version=self.engine.policy_version)
         for group in groups:  # the same on all ranks, wherever a prompt will be placed next
             for rollout in group.rollouts:
                 self.history.add(group.prompt.problem_key, rollout.token_ids, policy_version=rollout.policy_version)
-        return groups, rollout_metrics(reports) | self.tail.publish()
+        metrics = rollout_metrics(reports) | resource_metrics([report.resources for report in reports])
+        return groups, metrics | self.tail.publish()
+
+
+def check_versions(groups: Sequence[RolloutGroup], *, policy_version: int) -> None:
+    """Raise RuntimeError naming the first response that other weights than the present ones have written."""
+    for group in groups:
+        for rollout in group.rollouts:
+            if rollout.policy_version != policy_version:
+                raise RuntimeError(
+                    f"response {rollout.sample_index} of {group.prompt.prompt_id} (replica {rollout.replica}) is of "
+                    f"policy version {rollout.policy_version}, the policy is at {policy_version}"
+                )
 
 
 def trace_steps(trace: Trace, stats: EngineStats) -> None:
@@ -209,5 +225,7 @@ def spec_metrics(reports: Sequence[ReplicaReport]) -> dict[str, float]:
         "spec/speculative_frac_of_time": speculative_s / step_s if step_s > 0 else 0.0,
         "spec/strategy_switches": float(sum(report.stats.num_strategy_switches for report in reports)),
         "spec/roll_backs": float(sum(report.stats.num_roll_backs for report in reports)),
+        "spec/unsound_samples": float(sum(report.stats.num_unsound_samples for report in reports)),
+        "spec/hidden_states_mib_max": max(report.stats.hidden_state_bytes for report in reports) / 2**20,
         "spec/drafter_version": float(max(report.stats.drafter_version for report in reports)),
     }

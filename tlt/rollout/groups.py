@@ -12,6 +12,7 @@ ADDED = (
     "rollout/moved_responses",
     "reward/timeouts",
     "reward/errors",
+    "reward/out_of_memory",
     "reward/wait_s",
     "spot/steps",
     "spot/train_s",

@@ -6,7 +6,8 @@ while they decode and while they ask, and write how many they have seen, or that
 until someone owns its ask or all have seen it, never for a replica to be done, and nothing is given to one that left.
 """
 
-import pickle
+import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -22,7 +23,7 @@ class Store(Protocol):
     def add(self, key: str, amount: int) -> int:
         """Add to a counter that begins at 0; returns its new value."""
 
-    def set(self, key: str, value: bytes) -> None:
+    def set(self, key: str, value: str) -> None:
         """Write a value."""
 
     def get(self, key: str) -> bytes:
@@ -76,14 +77,16 @@ class HandoverBoard:
 
     def give(self, ask: int, responses: Mapping[str, Rollout]) -> None:
         """Hand over what there is of unfinished responses, by name; the ask must be this replica's own."""
-        self.store.set(self._key("gift", ask), pickle.dumps(dict(responses)))
+        self.store.set(
+            self._key("gift", ask), json.dumps({n: dataclasses.asdict(each) for n, each in responses.items()})
+        )
 
     def gift(self, ask: int) -> dict[str, Rollout]:
         """What the owner gives; it does so right after it became the owner."""
         key = self._key("gift", ask)
-        found = pickle.loads(self.store.get(key))
+        found = json.loads(self.store.get(key))
         self.store.delete_key(key)
-        return found
+        return {name: read_rollout(fields) for name, fields in found.items()}
 
     def leave(self) -> None:
         """This replica is done with the rollout, or was told to stop."""
@@ -91,3 +94,8 @@ class HandoverBoard:
 
     def _key(self, name: str, number: int = 0) -> str:
         return f"handover/{self.rollout}/{name}/{number}"
+
+
+def read_rollout(fields: dict) -> Rollout:
+    """Of JSON, which has lists for tuples; floats come back to the last bit."""
+    return Rollout(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tlt.heartbeat import Heartbeat
 from tlt.interrupt import Interrupt, Interrupted
 from tlt.metrics import MetricsLog
 from tlt.parallel import Parallel
@@ -45,6 +46,7 @@ class SftRun:
     metrics: MetricsLog
     trace: Trace
     interrupt: Interrupt
+    heartbeat: Heartbeat
     progress: Progress
     state: RunState
     hf_directory: Path

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tlt.spec.bandit import BegMab
 from tlt.spec.cost_policy import CostModelPolicy
-from tlt.spec.strategy import ADAPTIVE, METHODS, FixedStrategy, Schedule, StrategyPolicy, parse_strategy
+from tlt.spec.strategy import ADAPTIVE, METHODS, FixedStrategy, Schedule, StrategyPolicy, is_count, parse_strategy
 from tlt.types import SpecStrategy
 
 SCHEDULE, BEG_MAB, COST_MODEL = "schedule@", "beg-mab@", "cost-model@"
@@ -41,7 +41,7 @@ def parse_rows(text: str, flag: str) -> list[tuple[int, list[SpecStrategy]]]:
     rows = []
     for row in text.split("/"):
         first, equals, arms = row.partition("=")
-        if not equals or not first.isdigit():
+        if not equals or not is_count(first):
             raise ValueError(f"{flag}: a row must be `<smallest batch>=<strategy>`, got {row!r}")
         rows.append((int(first), [parse_strategy(arm, flag) for arm in arms.split("|")]))
     return rows

@@ -16,12 +16,17 @@ METHODS = (*HEADS, "prompt_lookup", "suffix", ADAPTIVE)
 MAX_DRAFT_TOKENS = 32
 
 
+def is_count(text: str) -> bool:
+    """Whether it is a number of at most nine digits; other scripts have digits that are none to `int`."""
+    return text.isascii() and text.isdigit() and len(text) <= 9
+
+
 def parse_strategy(text: str, flag: str, *, methods: tuple[str, ...] = METHODS) -> SpecStrategy:
     """Raises ValueError naming the flag."""
     if text == "off":
         return OFF
     method, _, count = text.partition(":")
-    if method not in methods or not count.isdigit() or not 1 <= int(count) <= MAX_DRAFT_TOKENS:
+    if method not in methods or not is_count(count) or not 1 <= int(count) <= MAX_DRAFT_TOKENS:
         raise ValueError(
             f"{flag} must be `off` or `<method>:<draft tokens>` with a method of "
             f"{', '.join(method for method in methods if method not in HEADS[1:])} (or eagle2, ...) and "

@@ -132,6 +132,7 @@ class SpotTraining:
             if self.num_steps == num_before:
                 self.switch.observe(time.perf_counter() - begin_s)
             self.num_steps += 1
+            self.trace.point("drafter_step")
 
         with self.trace.span("spot_training", num_samples=len(samples)):
             try:

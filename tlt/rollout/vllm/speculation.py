@@ -354,6 +354,8 @@ class Speculation:
         stats.speculative_step_s = self._speculative_s
         stats.num_strategy_switches = self._switches
         stats.num_roll_backs = self._roll_backs
+        stats.num_unsound_samples = self.buffer.num_unsound
+        stats.hidden_state_bytes = self.buffer.num_bytes
         stats.drafter_version = self.drafter_version
 
 

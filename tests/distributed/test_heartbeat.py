@@ -1,0 +1,112 @@
+"""Whatever becomes of one rank, the others end within the deadline and say who was where; processes, real store."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.distributed.ranks import start_method
+from tlt.heartbeat import EXPIRED, Heartbeat
+
+DEADLINE_S = 5.0
+
+
+def _rank(rank: int, port: int, folder: Path, case: str) -> None:
+    logging.basicConfig(filename=folder / f"log{rank}", force=True)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    phase = {"now": "rollout"}
+    heartbeat = Heartbeat(
+        store, rank=rank, world_size=3, deadline_s=DEADLINE_S, where=lambda: phase["now"],
+        stacks=folder / f"stacks{rank}",
+    )  # fmt: skip
+    heartbeat.start()
+    end_s = time.monotonic() + (1.5 * DEADLINE_S if case == "well" else 1)
+    while time.monotonic() < end_s:
+        time.sleep(0.02)
+    phase["now"] = "update"
+    if rank == 1:
+        (folder / "struck").write_text("")
+        if case == "sigkill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if case == "sigstop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if case == "hang":
+            time.sleep(60)
+        if case == "raise":
+            heartbeat.failed(ValueError("a wrong number"))
+            os._exit(1)
+    if case != "well":
+        if rank == 0:
+            store.get("never")  # a wait that does not end
+        while True:  # busy: neither still nor silent
+            time.sleep(0.02)
+    heartbeat.close()
+
+
+CASES = {
+    "well": ([0, 0, 0], None),
+    "sigkill": ([EXPIRED, -signal.SIGKILL, EXPIRED], "rank 1 was not heard of for 5 s; last in update"),
+    "sigstop": ([EXPIRED, -signal.SIGKILL, EXPIRED], "rank 1 was not heard of for 5 s; last in update"),
+    "hang": ([EXPIRED, EXPIRED, EXPIRED], "stood still for 5 s in update"),
+    "raise": ([EXPIRED, 1, EXPIRED], "rank 1 failed in update: ValueError: a wrong number"),
+}
+"""Exit codes by rank, and what is said."""
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> dict[str, tuple[list[int], float, Path]]:
+    return run_all(tmp_path_factory.mktemp, multiprocessing.get_context(start_method()))
+
+
+def run_all(make_folder: Callable[[str], Path], context) -> dict[str, tuple[list[int], float, Path]]:
+    """Of each case, all at once: exit codes by rank, seconds from what went wrong to the last end, folder."""
+    servers, ranks, folders, ends_s = {}, {}, {}, {}
+    for case in CASES:
+        servers[case] = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
+        folders[case] = make_folder(case)
+        ranks[case] = [
+            context.Process(target=_rank, args=(rank, servers[case].port, folders[case], case)) for rank in range(3)
+        ]
+        for process in ranks[case]:
+            process.start()
+    waited_for = {each.sentinel: each for case in CASES for each in ranks[case]}
+    waited_for.pop(ranks["sigstop"][1].sentinel)
+    while waited_for:
+        for sentinel in wait(list(waited_for), timeout=200) or pytest.fail(f"never ended: {waited_for}"):
+            ends_s[waited_for.pop(sentinel)] = time.time()
+    ranks["sigstop"][1].kill()
+    ranks["sigstop"][1].join()
+    return {
+        case: (
+            [process.exitcode for process in ranks[case]],
+            max(ends_s[process] for process in ranks[case] if process in ends_s)
+            - (folders[case] / "struck").stat().st_mtime,
+            folders[case],
+        )
+        for case in CASES
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_ranks_end_in_time_and_say_why(ended, case):
+    (found, seconds, folder), (codes, reason) = ended[case], CASES[case]
+    assert found == codes
+    assert seconds < 2 * DEADLINE_S + 20  # 15 processes on cores that may be shared
+    for rank in (0, 2):
+        log = (folder / f"log{rank}").read_text()
+        stacks = folder / f"stacks{rank}"
+        if reason is None:
+            assert not log
+            assert not stacks.exists()
+            continue
+        assert reason in log, log
+        assert f"rank {rank} in update ends the run" in log
+        assert "_rank" in stacks.read_text(), "where the main thread was"

@@ -1,0 +1,42 @@
+"""Inside a scoring process: what a scorer prints goes nowhere, its memory is limited, it returns a number."""
+
+import ctypes
+import math
+import os
+import resource
+import signal
+from collections.abc import Callable
+
+OUT_OF_MEMORY = 71
+"""Exit status of a process that reached its limit: it may be full of what earlier scorings left."""
+
+
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2): a signal for when the parent is gone."""
+
+
+def enter(memory_mib: int, parent: int) -> None:
+    """At the beginning of the process, which ends with its `parent` however that ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(0)
+    # A cluster signals all processes of a job; its ranks finish what they are at before they stop, and need scores.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    limit = memory_mib * 2**20
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def guarded(scorer: Callable[[dict, str], float], answer: dict, response: str) -> float:
+    """The score. Raises ValueError for one that is not a finite number, and whatever the scorer raises."""
+    try:
+        value = scorer(answer, response)
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+    if not math.isfinite(number):
+        raise ValueError(f"the scorer returned {value!r:.100}, which is no finite number")
+    return number
