@@ -15,11 +15,11 @@ import argparse
 import json
 import multiprocessing
 import os
-import pickle
 import platform
 import statistics
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
@@ -56,7 +56,12 @@ class Bystander:
 
     def prepare(self, samples: list) -> None:
         """Train on these from now on; not timed."""
-        self.inbox.put(pickle.dumps(samples))  # plain bytes: shared tensors would keep a file each
+        import torch
+
+        # Plain bytes: tensors in a queue would keep an open file each.
+        content = BytesIO()
+        torch.save([vars(sample) for sample in samples], content)
+        self.inbox.put(content.getvalue())
         while not self.inbox.empty():
             time.sleep(LOOK_S)
 
@@ -87,6 +92,7 @@ def train_along(learner_state: dict, inbox, go) -> None:
 
     torch.set_num_threads(1)
     from tlt.drafter.learner import HeadLearner
+    from tlt.types import HiddenStateSample
 
     target = learner_state.pop("target")
     learner = HeadLearner(**learner_state, target=lambda: target)
@@ -96,7 +102,7 @@ def train_along(learner_state: dict, inbox, go) -> None:
             message = inbox.get()
             if message is None:
                 return
-            samples = pickle.loads(message)
+            samples = [HiddenStateSample(**fields) for fields in torch.load(BytesIO(message), weights_only=True)]
         if samples and go.wait(timeout=LOOK_S):
             learner.train(samples, should_stop=lambda: not go.is_set(), on_step=lambda: None)
         else:
