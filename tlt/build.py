@@ -209,6 +209,14 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
     )
     training = config.training
     log = RolloutLog(save / "rollouts", interval=config.rollout.save_interval, is_writer=parallel.rank == 0)
+    evaluation = Evaluation(
+        inputs.held_out, rollouts, sampling=sampling, num_samples=config.eval.num_samples, rollout_log=log,
+        interval=config.eval.interval, train_iters=training.train_iters,
+    )  # fmt: skip
+    checkpoints = build_checkpoints(
+        training, trainer, parallel, history=history, tail=tail, speculation=engine.speculation, trace=trace,
+        resumed_iteration=inputs.state.iteration,
+    )  # fmt: skip
     return Run(
         config=config,
         parallel=parallel,
@@ -220,25 +228,8 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
         rollout_log=log,
         policy_trainer=trainer,
         weight_sync=StreamedWeightSync(trainer, engine, trace=trace),
-        evaluation=Evaluation(
-            inputs.held_out,
-            rollouts,
-            sampling=sampling,
-            num_samples=config.eval.num_samples,
-            rollout_log=log,
-            interval=config.eval.interval,
-            train_iters=training.train_iters,
-        ),  # fmt: skip
-        checkpoints=build_checkpoints(
-            training,
-            trainer,
-            parallel,
-            history=history,
-            tail=tail,
-            speculation=engine.speculation,
-            trace=trace,
-            resumed_iteration=inputs.state.iteration,
-        ),  # fmt: skip
+        evaluation=evaluation,
+        checkpoints=checkpoints,
         metrics=build_metrics_log(training, inputs.state, parallel),
         trace=trace,
         interrupt=interrupt,
