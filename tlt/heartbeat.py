@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 LOOKS_PER_DEADLINE = 20
 MAX_LOOK_S = 5.0
+SILENCE_SHARE = 0.5
+"""Of the deadline, after which a silent rank is given up: before those that wait for it count as standing still."""
 EXPIRED = 70
 """Exit status of a rank whose deadline expired (EX_SOFTWARE of sysexits.h)."""
 PREFIX = "heartbeat"
@@ -118,9 +120,9 @@ class Heartbeat:
                 continue
             num_silent = num_silent + 1 if now_heard == heard and heard != LEFT else 0
             heard = now_heard
-            if num_silent * self.look_s >= self.deadline_s:
-                phase = heard.partition(" ")[2] or "no phase yet"
-                self._expire(f"rank {self.next_rank} was not heard of for {self.deadline_s:g} s; last in {phase}")
+            if num_silent * self.look_s >= SILENCE_SHARE * self.deadline_s:
+                phase, seconds = heard.partition(" ")[2] or "no phase yet", SILENCE_SHARE * self.deadline_s
+                self._expire(f"rank {self.next_rank} was not heard of for {seconds:g} s; last in {phase}")
             now = self._position()
             num_still = num_still + 1 if now == position else 0
             position = now

@@ -64,6 +64,19 @@ def test_hidden_states_that_are_no_numbers_never_enter_the_buffer(field, bad):
     assert (len(buffer), buffer.num_unsound) == (1, 1)
 
 
+def test_a_buffer_forgets_policies_of_which_it_holds_nothing():
+    sample = SAMPLES[1]
+    buffer = HiddenStateBuffer(
+        3 * sum(each.nbytes for each in vars(sample).values() if isinstance(each, torch.Tensor))
+    )
+    for version in range(50):
+        for _ in range(2):
+            buffer.add(replace(sample, policy_version=version))
+    assert [each.policy_version for each in buffer] == [48, 49, 49]
+    assert sorted(buffer.state_dict()["lengths"]) == [48, 49]
+    assert len(buffer.training_samples(seed=0)) == 2
+
+
 def test_a_drafter_step_without_finite_gradients_changes_nothing():
     trainer = make_trainer()
     trainer.step(PIECES)

@@ -74,6 +74,8 @@ class HiddenStateBuffer:
         index = next(i for i, sample in enumerate(samples) if stratum(sample, edges) == fullest)
         self.num_bytes -= num_bytes(samples.pop(index))
         self.num_dropped += 1
+        if not samples and version < max(self._samples):  # or a run of many policies would remember all of them
+            del self._samples[version], self._lengths[version]
 
     def _edges(self, version: int) -> list[int]:
         """Upper edges of all length classes but the last, exclusive."""
