@@ -115,7 +115,7 @@ def check(args: argparse.Namespace) -> None:
     for block in first_blocks(args):
         config = parse(flags(args, block), "", RunConfig)
         parse_policy(config.spec.strategy, "--modes")
-        check_config(config, world_size=args.ranks, hf_config=hf_config)
+        check_config(config, world_size=args.ranks, ranks_per_node=args.ranks, hf_config=hf_config)
 
 
 def first_blocks(args: argparse.Namespace) -> list[Block]:

@@ -250,7 +250,7 @@ def table(all_rows: list[dict]) -> str:
 def main(argv: list[str]) -> int:
     args, rest = own_arguments(argv)
     from tlt.config import RunConfig
-    from tlt.launch import prepare
+    from tlt.launch import prepare, ranks_per_node
 
     def read_inputs(config: RunConfig, world_size: int):
         modes = args.modes.split(",")
@@ -263,7 +263,7 @@ def main(argv: list[str]) -> int:
         set_engine_environment(config.rollout)
         from tlt.build import Inputs
 
-        return Inputs(config, world_size=world_size)
+        return Inputs(config, world_size=world_size, ranks_per_node=ranks_per_node(world_size))
 
     prepared = prepare(
         rest, program="tools/bench_spot.py", description=__doc__, config_class=RunConfig, read_inputs=read_inputs
