@@ -48,9 +48,10 @@ class TimedBoard(TailBoard):
 
 
 class Counting:
-    """Each step adds 1 to its weight."""
+    """Each step adds `by` to its weight."""
 
-    def __init__(self, step_s: float, *, fails_at: int | None = None):
+    def __init__(self, step_s: float, *, fails_at: int | None = None, by: float = 1.0):
+        self.by = by
         self.value = torch.zeros(1)
         self.step_s = step_s
         self.fails_at = fails_at
@@ -65,7 +66,7 @@ class Counting:
             if self.num_steps == self.fails_at:
                 self.value.fill_(float("nan"))
                 raise ArithmeticError("a step went wrong")
-            self.value += 1
+            self.value += self.by
             on_step()
 
     def average(self, sum_over_ranks, *, weight: float) -> None:
@@ -76,6 +77,9 @@ class Counting:
 
     def published(self) -> dict:
         return {"value": self.value.clone()}
+
+    def begin_from(self, tensors) -> None:
+        self.value = tensors["value"].clone()
 
 
 class Drafting:
@@ -106,7 +110,10 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
     log = folder / f"{case} {rank}"
     logging.basicConfig(filename=log, force=True)
     slow = case == "slow" and rank == 0
-    learner = Counting(10 * STEP_S if slow else STEP_S, fails_at=2 if case == "fails" and rank == 0 else None)
+    learner = Counting(
+        10 * STEP_S if slow else STEP_S, fails_at=2 if case == "fails" and rank == 0 else None,
+        by=-1.0 if case == "worse" else 1.0,
+    )  # fmt: skip
     engine, world = Drafting(), World(rank, world_size)
     if case == "nothing to train on":
         engine.samples = []
@@ -139,6 +146,10 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
             assert engine.drafter_version == rollout + 1
             assert metrics["spot/first_score"] == 0 < metrics["spot/candidate_score"]
             assert metrics["spot/steps"] == (sum(steps) if case != "fails" else sum(steps[1:]))
+        if case == "worse":
+            assert metrics["spot/steps"] > 0 > metrics["spot/gain"]
+            assert (metrics["spot/published"], engine.drafter_version) == (0, 0)
+            assert float(learner.value) == 0, "begun again from the weights that draft"
         if case in ("idle", "slow"):
             assert all(count >= 1 for count in steps[:-1]), steps
         if case == "fails":
@@ -152,7 +163,7 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
     assert ("a step went wrong" in log.read_text()) == (case == "fails" and rank == 0)
 
 
-CASES = ("idle", "slow", "fails", "all at once", "drained at once", "told to stop", "nothing to train on")
+CASES = ("idle", "slow", "worse", "fails", "all at once", "drained at once", "told to stop", "nothing to train on")
 
 
 def _all_cases(rank: int, world_size: int, folder: Path) -> None:

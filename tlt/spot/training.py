@@ -159,8 +159,9 @@ class SpotTraining:
         return self.board.all_ended() or self.is_stopped()
 
     def publish(self) -> dict[str, float]:
-        """Make one head of all ranks' and let it draft if it is better than the one that does. Collective over all
-        ranks; all must call, after they met."""
+        """Make one head of all ranks' and let it draft if it is measurably better than the one that does.
+
+        Collective over all ranks; all must call, after they met."""
         assert self.rank.state is RankState.BACK, "the rank still trains"
         rollout_s = time.perf_counter() - self.begin_s
         own = [self.num_steps, self.has_failed, self.train_s, self.meeting_s, rollout_s]
@@ -183,7 +184,8 @@ class SpotTraining:
         """Average, judge and load; the sums are those of all ranks."""
         self.learner.average(self.parallel.sum, weight=self.num_steps / num_steps)
         judges = self._samples(self.engine.hidden_state_samples(), are_held_out=True)
-        scores = self.learner.scores(judges, live=self.engine.drafter_tensors())
+        live = self.engine.drafter_tensors()
+        scores = self.learner.scores(judges, live=live)
         judged = judgement(self.parallel.sum(judgement_sums(scores)))
         if judged is None:
             return {}
@@ -194,12 +196,14 @@ class SpotTraining:
             metrics["spot/first_score"] = first.live
         if train_s > 0:
             metrics["spot/gain_per_idle_s"] = judged.gain / train_s
-        if judged.gain > 0:
+        if judged.gain > judged.error:
             # A replica that withdrew a head on its own is ahead of the others.
             versions = self.parallel.all_gather_objects(self.engine.drafter_version)
             self.engine.load_drafter(self.learner.published(), drafter_version=max(versions) + 1)
             self.gains.published(judged, policy_version=version)
             metrics["spot/published"] = 1.0
+        elif judged.gain < -judged.error:
+            self.learner.begin_from(live)  # a training that went wrong is not gone on with
         return metrics
 
     def state_dict(self) -> dict:
