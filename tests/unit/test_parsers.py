@@ -101,18 +101,18 @@ def test_a_fault_is_one_or_an_error_that_names_the_flag(kind, point, numbers):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    model_type=st.sampled_from(["llama", "qwen2", "qwen3"]), tied=st.booleans(), te=st.booleans(),
+    model_type=st.sampled_from(["llama", "qwen2", "qwen3"]), tied=st.booleans(), fused=st.booleans(),
     groups=st.sampled_from([1, 2, 4]), queries=st.integers(1, 3), dim=st.integers(1, 4), layers=st.integers(1, 4),
     tp=st.sampled_from([1, 2, 4]), seed=st.integers(0, 9),
 )  # fmt: skip
-def test_weights_survive_any_layout(model_type, tied, te, groups, queries, dim, layers, tp, seed):
+def test_weights_survive_any_layout(model_type, tied, fused, groups, queries, dim, layers, tp, seed):
     tp = min(tp, groups)
     config = {
         "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": groups * queries,
         "num_key_value_heads": groups, "head_dim": dim, "vocab_size": 16, "num_hidden_layers": layers,
         "model_type": model_type, "tie_word_embeddings": tied,
     }  # fmt: skip
-    table = weight_table(config, transformer_engine=te)
+    table = weight_table(config, transformer_engine=fused)
     names = [name for weight in table for name in weight.hf_names]
     assert len(set(names)) == len(names)
     for pp in [size for size in (1, 2, 4) if layers % size == 0]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-MAX_LINE_CHARS = 2**24
+MAX_LINE_CHARS = 2**22
 """A longer line is rejected without being read into memory as a whole."""
 
 
