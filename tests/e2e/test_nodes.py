@@ -34,6 +34,7 @@ def start_node(node: int, script: Path, job_id: int) -> subprocess.Popen:
     rendezvous = {
         "NNODES": "2", "NPROC_PER_NODE": "1", "RDZV_BACKEND": "c10d", "RDZV_ID": str(job_id), "MAX_RESTARTS": "3",
         "RDZV_ENDPOINT": f"127.0.0.1:{20000 + job_id % 10000}", "LOCAL_ADDR": f"127.0.0.{node + 1}",
+        "RDZV_CONF": f"is_host={int(node == 0)}",  # on one machine both would think that they are the host
     }  # fmt: skip
     return subprocess.Popen(
         ["bash", str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,

@@ -60,6 +60,7 @@ def test_all_nodes_meet_at_the_first_one(tmp_path):
     assert first["PET_RDZV_ENDPOINT"].startswith("127.0.0.1:2")
     assert first["PET_RDZV_ID"] == second["PET_RDZV_ID"]
     assert (first["PET_NNODES"], first["PET_NPROC_PER_NODE"], first["PET_MAX_RESTARTS"]) == ("2", "1", "4")
+    assert [each["PET_RDZV_CONF"] for each in (first, second)] == ["is_host=1", "is_host=0"]
     assert first["flags"] == ["--train-iters", "7"]
     assert first["ignored"] == ["SIGUSR1", "SIGTERM"], "or torchrun would end before its ranks have saved"
     assert not slurm.requeued.exists()
