@@ -264,6 +264,8 @@ def test_a_score_is_the_expected_number_of_accepted_tokens_and_rises_with_traini
     assert len(learner.scores(SAMPLES, live=live)) == len(SAMPLES)
     assert int(same[2]) == sum(len(sample.token_ids) - 2 - (sample.num_prompt_tokens - 1) for sample in SAMPLES)
     assert 0 < float(same[0] / same[2]) < learner.trainer.config.num_depths
+    one_by_one = torch.cat([learner.scores([sample], live=live) for sample in SAMPLES])
+    torch.testing.assert_close(learner.scores(SAMPLES, live=live), one_by_one, rtol=1e-5, atol=1e-5)
     better = trained(60)
     found = better.scores(SAMPLES, live=live).sum(0)
     assert float(found[0]) == pytest.approx(float(same[0]), rel=1e-4)

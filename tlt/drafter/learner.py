@@ -5,12 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from tlt.config.drafter import DrafterConfig
-from tlt.drafter.batch import Piece, pack, whole
+from tlt.drafter.batch import Piece, micro_batches, pack, whole
 from tlt.drafter.losses import target_distribution
 from tlt.drafter.model import EagleHead
 from tlt.drafter.trainer import DrafterTrainer, Target
 from tlt.drafter.unroll import unroll
 from tlt.types import HiddenStateSample
+
+STARTS_PER_PACK = 512
+"""Judged together, where a response has not more: a pass over few rows costs nearly what one over many does."""
 
 
 class HeadLearner:
@@ -74,24 +77,32 @@ class HeadLearner:
         columns = []
         for tensors in (live, self.published()):
             self._hold(tensors)
-            columns.append([self._expected(piece) for piece in pieces])
+            columns.append(self._expected(pieces))
         self._hold(own)
         return torch.tensor([*columns, [piece.num_starts for piece in pieces]], dtype=torch.float64).T
 
-    def _expected(self, piece: Piece) -> float:
-        """Expected accepted tokens of drafts of the present weights that begin at a piece's starts."""
+    def _expected(self, pieces: Sequence[Piece]) -> list[float]:
+        """Expected accepted tokens of drafts of the present weights that begin at each piece's starts."""
+        largest = max(piece.num_starts for piece in pieces)
+        packs = micro_batches(pieces, max(STARTS_PER_PACK, largest))  # none is cut
+        return [expected for each in packs for expected in self._expected_of_pack(each)]
+
+    def _expected_of_pack(self, pieces: Sequence[Piece]) -> list[float]:
         target, num_depths = self.trainer.target, self.trainer.config.num_depths
         reads = self.trainer.head.reads
-        batch = pack([piece], num_depths=num_depths, reads=reads, device=target.output_weight.device)
+        batch = pack(pieces, num_depths=num_depths, reads=reads, device=target.output_weight.device)
         target_probs = target_distribution(
             batch.target_hidden_states, target.output_weight, temperature=self.temperature
         ).probs
-        stands, total = torch.ones(len(batch.starts)), 0.0
+        stands = torch.ones(len(batch.starts))
+        totals = torch.zeros(len(pieces), dtype=torch.float64)
+        owner = torch.arange(len(pieces)).repeat_interleave(torch.tensor(batch.num_starts))
         for depth in unroll(self.trainer.head, batch, target.embedding, num_depths=num_depths):
             draft_probs = (depth.output @ target.output_weight.T / self.temperature).softmax(1)
-            stands[depth.starts] *= torch.minimum(target_probs[depth.rows], draft_probs).sum(1).cpu()
-            total += float(stands[depth.starts].sum())
-        return total
+            starts = depth.starts.cpu()
+            stands[starts] *= torch.minimum(target_probs[depth.rows], draft_probs).sum(1).cpu()
+            totals.index_add_(0, owner[starts], stands[starts].double())
+        return totals.tolist()
 
     def _hold(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.trainer.parameters.items():
