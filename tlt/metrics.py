@@ -60,11 +60,12 @@ class MetricsLog:
         self.tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=resumed_iteration + 1)
 
     def _cut_after(self, iteration: int) -> None:
-        """Drop what an interrupted run wrote beyond the iteration that this one resumes after."""
+        """Drop what an interrupted run wrote beyond the iteration that this one resumes after; all of it where this one
+        begins again, for it writes record 0 too."""
         if not self.path.exists():
             return
         records = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-        kept = [json.dumps(record) + "\n" for record in records if record["iteration"] <= iteration]
+        kept = [json.dumps(record) + "\n" for record in records if record["iteration"] <= iteration > 0]
         partial = self.path.with_suffix(".tmp")
         partial.write_text("".join(kept))
         partial.rename(self.path)

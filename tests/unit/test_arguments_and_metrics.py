@@ -121,6 +121,8 @@ def test_metrics_beyond_the_resumed_iteration_are_cut_and_nan_is_null(tmp_path):
     MetricsLog(tmp_path, tensorboard_dir=tmp_path / "tb", is_writer=True, resumed_iteration=2).close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert records == [{"iteration": 1, "rl/reward": 0.5}, {"iteration": 2, "rl/reward": None}]
+    MetricsLog(tmp_path, tensorboard_dir=tmp_path / "tb", is_writer=True, resumed_iteration=0).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "", "a run that begins again writes record 0 again"
 
 
 def test_a_span_that_ends_by_an_exception_is_written_with_its_type(tmp_path):
