@@ -60,8 +60,8 @@ class MetricsLog:
         self.tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=resumed_iteration + 1)
 
     def _cut_after(self, iteration: int) -> None:
-        """Drop what an interrupted run wrote beyond the iteration that this one resumes after; all of it where this one
-        begins again, for it writes record 0 too."""
+        """Drop what an interrupted run wrote beyond the iteration that this one resumes after; where this one begins
+        again, all of it: it writes record 0 too."""
         if not self.path.exists():
             return
         records = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
