@@ -18,9 +18,11 @@ from tlt.config import SpecConfig
 from tlt.spec.strategy import FixedStrategy, parse_strategy
 from tlt.types import OFF, Prompt, RolloutGroup, SamplingConfig
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(10800)]
 
 NUM_PROMPTS, NUM_TOKENS = 200, 200
+SWAP_STEPS = 40
+"""Engine steps between two swaps of the head."""
 GREEDY = SamplingConfig(temperature=0.0, max_response_tokens=NUM_TOKENS, ignore_eos=True)
 
 
@@ -62,6 +64,20 @@ def divergences(model, prompts, plain, found, *, noise: float) -> list[str]:
     return lines
 
 
+def swap_again_and_again(engine, heads: list) -> None:
+    """Load the heads in turn, in the middle of rollouts."""
+    before, count = engine.speculation.before_step, {"steps": 0}
+
+    def before_step(num_running: int) -> None:
+        count["steps"] += 1
+        number, is_due = divmod(count["steps"], SWAP_STEPS)
+        if is_due == 0:
+            engine.load_drafter(heads[number % len(heads)], drafter_version=1 + number)
+        before(num_running)
+
+    engine.speculation.before_step = before_step
+
+
 def _identity(rank: int, world_size: int, folder: Path, head: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -90,19 +106,25 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, out: Path) -
         "adaptive:8": FixedStrategy(choices[3]), "every step": EveryStep(choices),
         "by request": FixedStrategy(choices[1]),
     }  # fmt: skip
+    random_weights = {name: p.detach().clone() for name, p in engine.speculation.learned.head.named_parameters()}
+    policies["swaps"] = FixedStrategy(choices[1])
     listed = {}
     for label, policy in policies.items():
         engine.speculation.policy = policy
         if label == "by request":
             engine.speculation.drafting.router = ByRequest()
             engine.load_drafter(agreeing(engine.speculation.learned.head), drafter_version=1)
+        if label == "swaps":
+            swap_again_and_again(engine, [random_weights, agreeing(engine.speculation.learned.head)])
         found = generate(engine, prompts)
         listed[label] = divergences(model, prompts, plain, found, noise=max(noise, 1e-4))
         print(f"{label}: {len(listed[label])} of {NUM_PROMPTS} responses leave plain vLLM's (noise {noise:.1e})")
         print("\n".join(listed[label]))
         drafters = engine.stats().acceptance
         print({name: stats.metrics(name) for name, stats in drafters.items()}, flush=True)
-    assert drafters["prompt_lookup"].acceptance_length > 1.2
+        if label == "by request":
+            assert drafters["prompt_lookup"].acceptance_length > 1.2
+    assert engine.speculation.drafter_version > 5, "swapped in the middle"
     engine.close()
 
 
