@@ -34,7 +34,7 @@ def test_the_table_and_what_was_not_checked_are_said(tmp_path, caplog):
         (["--spec-drafter", "absent"], ["--spec-drafter", "absent"]),
         (["--tensor-model-parallel-size", "8"], ["28 attention heads", "got 8"]),
         (["--rollout-tensor-parallel-size", "2"], ["ranks of a node (1)", "got 2"]),
-        (["--dry-run-gpu-gib", "32"], ["--dry-run-gpu-gib (32.0)"]),
+        (["--dry-run-gpu-gib", "32", "--rollout-gpu-memory-utilization", "0.9"], ["--dry-run-gpu-gib (32.0)"]),
     ],
 )
 def test_what_would_not_do_is_named(tmp_path, flags, parts):
