@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tlt.config.requirement import is_count
 from tlt.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def parse_faults(specs: Sequence[str], *, world_size: int) -> tuple[Fault, ...]:
 def _parse(spec: str, world_size: int) -> Fault:
     kind, at, place = spec.partition("@")
     point, *numbers = place.split("/")
-    is_whole = bool(at) and len(numbers) in (1, 2) and all(map(_is_count, numbers))
+    is_whole = bool(at) and len(numbers) in (1, 2) and all(map(is_count, numbers))
     if not is_whole or kind not in KINDS or point not in POINTS:
         raise ValueError(
             f"--fault must be <kind>@<point>/<iteration>[/<rank>], kind one of {', '.join(KINDS)}, point one of "
@@ -74,10 +75,6 @@ def _parse(spec: str, world_size: int) -> Fault:
     if max(ranks) >= world_size:
         raise ValueError(f"--fault {spec}: there is no rank {ranks[0]}, ranks are 0 to {world_size - 1}")
     return Fault(kind=kind, point=point, iteration=iteration, ranks=ranks)
-
-
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 9
 
 
 class FaultyTrace(Trace):

@@ -45,8 +45,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def read_prompts(args: argparse.Namespace, tokenizer, max_prompt_tokens: int) -> list:
     """Raises ValueError naming file and line."""
     from tlt.config import DataConfig
+    from tlt.data.jsonl import numbered_lines
     from tlt.data.prompts import PromptBuilder
-    from tlt.data.source import numbered_lines, unanswered
+    from tlt.data.source import unanswered
     from tlt.types import Prompt
 
     if not args.prompts.is_file():

@@ -85,7 +85,8 @@ class PromptFile:
     come once. Raises ValueError naming file and line."""
 
     def __init__(self, path: Path, builder, *, num_held_out: int):
-        from tlt.data.source import numbered_lines, unanswered
+        from tlt.data.jsonl import numbered_lines
+        from tlt.data.source import unanswered
 
         if not path.is_file():
             raise ValueError(f"--prompts must be a JSONL file, got {path}")

@@ -21,7 +21,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "interrupt": set(),
     "manifest": set(),
     "heartbeat": set(),
-    "faults": {"trace"},
+    "faults": {"config", "trace"},
     "progress": set(),
     "arguments": {"config"},
     "provenance": {"config", "arguments"},

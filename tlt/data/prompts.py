@@ -8,7 +8,8 @@ from random import Random
 from typing import Any
 
 from tlt.config import DataConfig, EvalConfig
-from tlt.data.source import Problem, derive_seed, numbered_lines, parse_question, parse_source, question_key
+from tlt.data.jsonl import numbered_lines
+from tlt.data.source import Problem, derive_seed, parse_question, parse_source, question_key
 from tlt.types import Prompt
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from math import prod
 from tlt.config import RolloutConfig
 from tlt.config.architecture import head_dim
 from tlt.footprint.policy import FP32, num_entries, table_of
+from tlt.weight_sync.names import query_groups
 
 BATCHED_TOKENS = 16384
 """vLLM's tokens of an engine step, where --rollout-max-num-batched-tokens does not say, on a GPU of 70 GiB or more."""
@@ -71,20 +72,16 @@ def engine_footprint(
     )
 
 
-def kv_heads_of(hf_config: dict) -> int:
-    return hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"]
-
-
 def kv_token_bytes(hf_config: dict, *, tp_size: int, item_bytes: int) -> int:
     """Keys and values of one token over all layers; ranks beyond the number of key-value heads have copies."""
-    heads = max(kv_heads_of(hf_config) // tp_size, 1)
+    heads = max(query_groups(hf_config) // tp_size, 1)
     return prod((2, hf_config["num_hidden_layers"], heads, head_dim(hf_config), item_bytes))
 
 
 def pool_token_bytes(hf_config: dict, drafters: Drafters, *, item_bytes: int) -> int:
     """Of one token: its hidden states, and its key and value in each head, whole on every rank of a replica."""
     states = sum(drafters.states.values()) * hf_config["hidden_size"]
-    keys = drafters.num_heads * 2 * kv_heads_of(hf_config) * head_dim(hf_config)
+    keys = drafters.num_heads * 2 * query_groups(hf_config) * head_dim(hf_config)
     return (states + keys) * item_bytes
 
 

@@ -9,7 +9,7 @@ from math import prod
 from tlt.config import ModelConfig, OptimizerConfig
 from tlt.config.architecture import head_dim
 from tlt.rl.logprobs import ROWS_PER_CHUNK
-from tlt.weight_sync.names import Weight, stage_of, weight_table
+from tlt.weight_sync.names import Weight, query_groups, stage_of, weight_table
 
 FP32 = 4
 
@@ -87,11 +87,9 @@ def layer_token_bytes(shards: PolicyShards) -> float:
     product with up [F]. Sequence parallelism shards the norms too.
     """
     config, tp = shards.hf_config, shards.tp_size
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
     norms = 4 * config["hidden_size"] / (tp if shards.model.sequence_parallel else 1)
     tables = 4 * head_dim(config)
-    attention = 3 * (heads + kv_heads) * head_dim(config) / tp
+    attention = 3 * (config["num_attention_heads"] + query_groups(config)) * head_dim(config) / tp
     mlp = 5 * config["intermediate_size"] / tp
     return (norms + tables + attention + mlp) * shards.item_bytes
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tlt.data.jsonl import numbered_lines
 from tlt.data.prompts import PromptBuilder
-from tlt.data.source import Problem, ShuffledEpochs, numbered_lines, parse_question
+from tlt.data.source import Problem, ShuffledEpochs, parse_question
 from tlt.types import TrainSequence
 
 

@@ -6,9 +6,10 @@
 
 from collections.abc import Sequence
 
+from tlt.config.requirement import is_count
 from tlt.spec.bandit import BegMab
 from tlt.spec.cost_policy import CostModelPolicy
-from tlt.spec.strategy import ADAPTIVE, METHODS, FixedStrategy, Schedule, StrategyPolicy, is_count, parse_strategy
+from tlt.spec.strategy import ADAPTIVE, METHODS, FixedStrategy, Schedule, StrategyPolicy, parse_strategy
 from tlt.types import SpecStrategy
 
 SCHEDULE, BEG_MAB, COST_MODEL = "schedule@", "beg-mab@", "cost-model@"

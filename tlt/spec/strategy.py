@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
+from tlt.config.requirement import is_count
 from tlt.types import OFF, SpecStrategy
 
 ADAPTIVE = "adaptive"
@@ -14,11 +15,6 @@ HEADS = ("eagle", *(f"eagle{number}" for number in range(2, MAX_HEADS + 1)))
 """Names of learned drafters, in the order in which they are given."""
 METHODS = (*HEADS, "prompt_lookup", "suffix", ADAPTIVE)
 MAX_DRAFT_TOKENS = 32
-
-
-def is_count(text: str) -> bool:
-    """Whether it is a number of at most nine digits; other scripts have digits that are none to `int`."""
-    return text.isascii() and text.isdigit() and len(text) <= 9
 
 
 def parse_strategy(text: str, flag: str, *, methods: tuple[str, ...] = METHODS) -> SpecStrategy:
