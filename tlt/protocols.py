@@ -145,6 +145,9 @@ class DrafterLearner(Protocol):
         """[R, 3] float64 of each response, sums over its drafts: of the live weights, of those to be published; number
         of drafts."""
 
+    def score(self, samples: Sequence[HiddenStateSample], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[R, 2] float64 of each response: the sum over its drafts of these weights' score, and their number."""
+
     def published(self) -> dict[str, torch.Tensor]:
         """Weights to draft with."""
 

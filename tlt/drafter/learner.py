@@ -64,22 +64,25 @@ class HeadLearner:
         ):
             tensor.copy_(mean.view_as(tensor))
 
-    @torch.no_grad()
     def scores(self, samples: Sequence[HiddenStateSample], *, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[R, 3] float64, of each response that is long enough: accepted tokens that sampled drafts of the live
-        weights, and of those that would be published, are expected to have, summed over drafts (the sum over depths
-        of the product of 1 - TV(p, q)); number of drafts."""
+        """[R, 3] float64, of each response that is long enough: accepted tokens that drafts of the live weights, and
+        of those that would be published, are expected to have (`score`); number of drafts."""
+        return torch.cat([self.score(samples, live)[:, :1], self.score(samples, self.published())], dim=1)
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[HiddenStateSample], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[R, 2] float64, of each response that is long enough: accepted tokens that sampled drafts of these weights
+        are expected to have, summed over drafts (the sum over depths of the product of 1 - TV(p, q)); number of
+        drafts."""
         pieces = [piece for piece in map(whole, samples) if piece.num_starts > 0]
         if not pieces:
-            return torch.zeros(0, 3, dtype=torch.float64)
+            return torch.zeros(0, 2, dtype=torch.float64)
         self.trainer.renew_target(self._target())
         own = {name: parameter.clone() for name, parameter in self.trainer.parameters.items()}
-        columns = []
-        for tensors in (live, self.published()):
-            self._hold(tensors)
-            columns.append(self._expected(pieces))
+        self._hold(tensors)
+        expected = self._expected(pieces)
         self._hold(own)
-        return torch.tensor([*columns, [piece.num_starts for piece in pieces]], dtype=torch.float64).T
+        return torch.tensor([expected, [piece.num_starts for piece in pieces]], dtype=torch.float64).T
 
     def _expected(self, pieces: Sequence[Piece]) -> list[float]:
         """Expected accepted tokens of drafts of the present weights that begin at each piece's starts."""

@@ -192,8 +192,8 @@ class SpotTraining:
         version = self.engine.policy_version
         metrics = self.gains.count(judged, policy_version=version, cost_frac=cost_frac)
         if self.first is not None:
-            first = judgement(self.parallel.sum(judgement_sums(self.learner.scores(judges, live=self.first))))
-            metrics["spot/first_score"] = first.live
+            expected, drafts = self.parallel.sum(self.learner.score(judges, self.first).sum(0)).tolist()
+            metrics["spot/first_score"] = expected / drafts
         if train_s > 0:
             metrics["spot/gain_per_idle_s"] = judged.gain / train_s
         if judged.gain > judged.error:
