@@ -51,7 +51,7 @@ class DrafterQuality:
         live, candidate = self.score(self.share), self.score(better)
         judged = Judgement(live=live, candidate=candidate, error=self.error_frac * (1 + live))
         self.gains.count(judged, policy_version=self.version, cost_frac=meeting_frac)
-        if judged.gain > 0:
+        if judged.is_better:
             self.gains.published(judged, policy_version=self.version)
             self.share = better
 

@@ -22,6 +22,16 @@ class Judgement:
         """Accepted tokens that each draft would have more."""
         return self.candidate - self.live
 
+    @property
+    def is_better(self) -> bool:
+        """Whether the trained weights are to draft: they gain more than chance would."""
+        return self.gain > self.error
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the training went wrong: they lose more than chance would."""
+        return self.gain < -self.error
+
     def frac(self, value: float) -> float:
         """A difference of scores as a share of the tokens that one verification gives now."""
         return value / (1 + self.live)

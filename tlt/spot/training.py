@@ -196,13 +196,13 @@ class SpotTraining:
             metrics["spot/first_score"] = expected / drafts
         if train_s > 0:
             metrics["spot/gain_per_idle_s"] = judged.gain / train_s
-        if judged.gain > judged.error:
+        if judged.is_better:
             # A replica that withdrew a head on its own is ahead of the others.
             versions = self.parallel.all_gather_objects(self.engine.drafter_version)
             self.engine.load_drafter(self.learner.published(), drafter_version=max(versions) + 1)
             self.gains.published(judged, policy_version=version)
             metrics["spot/published"] = 1.0
-        elif judged.gain < -judged.error:
+        elif judged.is_worse:
             self.learner.begin_from(live)  # a training that went wrong is not gone on with
         return metrics
 
