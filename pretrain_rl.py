@@ -35,11 +35,8 @@ def main(argv: Sequence[str]) -> int:
     from tlt.loop import train
 
     run = build(*prepared)
-    try:
+    with run.heartbeat:
         train(run)
-    except Exception as error:
-        run.heartbeat.failed(error)
-        raise
     close(run)
     return 0
 

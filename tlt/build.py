@@ -369,8 +369,7 @@ def build_policy_trainer(
 
 
 def close(run: Run) -> None:
-    """End what outlives the training loop: scoring processes, engine, files."""
-    run.heartbeat.close()
+    """End what outlives the training loop, whose heartbeat has ended: scoring processes, engine, files."""
     run.parallel.barrier()  # the rank that hosts the store is not the first to go
     run.rollouts.rewards.close()
     run.metrics.close()

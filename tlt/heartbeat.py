@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class Store(Protocol):
 
 
 class Heartbeat:
-    """Of one rank. `where()` says in which phase its main thread is; stacks are appended to `stacks`."""
+    """Of one rank. `where()` says in which phase its main thread is; stacks are appended to `stacks`. As a context it
+    ends with what the run does: closed where that ends well, and told where it raises."""
 
     def __init__(
         self, store: Store, *, rank: int, world_size: int, deadline_s: float, where: Callable[[], str], stacks: Path
@@ -71,6 +72,15 @@ class Heartbeat:
         self.closing = threading.Event()
         self.num_beats = 0
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self._beat, self._watch)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            self.close()
+        elif isinstance(error, Exception):
+            self.failed(error)
 
     def start(self) -> None:
         """From here on the deadline holds."""

@@ -14,8 +14,6 @@ then not loaded.
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import time
@@ -112,7 +110,6 @@ def train_along(learner_state: dict, inbox, go) -> None:
 def prepare_bench(run) -> dict:
     """Tail work by mode, of a run built with training on: always due, and its head drafts on as it is."""
     import copy
-    from dataclasses import replace
 
     from tlt.spot.opportunity import GainRecord
     from tlt.spot.training import NoSpotTraining
@@ -123,17 +120,13 @@ def prepare_bench(run) -> dict:
 
     spot, engine, config = run.rollouts.tail, run.rollout_engine, run.config
     spot.gains = AlwaysDue(min_gain_frac=config.spot.min_gain)
-    embedding, output_weight = engine.drafter_target()
-    bystander = Bystander(
-        spot.board,
-        {
-            "head": copy.deepcopy(engine.speculation.learned.head).cpu(),
-            "config": replace(config.drafter, lr=config.spot.lr, min_lr_frac=1.0),
-            "target": (embedding.detach().clone(), output_weight.detach().clone()),
-            "temperature": config.rollout.temperature,
-            "seed": config.training.seed + run.parallel.rank,
-        },
-    )
+    trainer = spot.learner.trainer
+    state = {
+        "head": copy.deepcopy(trainer.head), "config": trainer.config, "seed": trainer.seed,
+        "temperature": spot.learner.temperature,
+        "target": tuple(tensor.detach().clone() for tensor in spot.learner.target()),
+    }  # fmt: skip
+    bystander = Bystander(spot.board, state)
     engine.load_drafter = lambda tensors, *, drafter_version: None
     return {"off": NoSpotTraining(), "on": spot, "bystander": bystander}
 
@@ -166,7 +159,6 @@ def measure(run, args) -> dict[str, list[dict]]:
     for repetition in range(-WARM_UP, args.repetitions):
         prompts = run.prompts.next_batch(run.config.rl.prompts_per_iteration)
         replay.texts = {}
-        # Lengths become known in the warm-up; after it no mode's texts help the next one's.
         for index in range(len(modes)):
             mode = modes[(index + repetition) % len(modes)]
             run.rollouts.tail = tails[mode]
@@ -174,6 +166,7 @@ def measure(run, args) -> dict[str, list[dict]]:
             buffers.set(is_open=mode != "off")
             if mode == "bystander":
                 tails[mode].prepare(run.rollout_engine.training_samples(seed=repetition))
+            # Lengths become known in the warm-up; after it no mode's texts help the next one's.
             is_remembered = repetition < 0 and index == len(modes) - 1
             run.rollouts.history = run.rollout_engine.history if is_remembered else SuffixHistory(0)
             dist.barrier()
@@ -239,12 +232,15 @@ def table(all_rows: list[dict]) -> str:
     names = list(dict.fromkeys(name for row in all_rows for name in row if name != "mode"))
     lines = ["| | " + " | ".join(row["mode"] for row in all_rows) + " |", "|---" * (len(all_rows) + 1) + "|"]
     for name in names:
-        cells = [row.get(name, "-") for row in all_rows]
-        cells = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
-        cells = [" to ".join(f"{end:.3f}" for end in row[name]) if isinstance(row.get(name), list) else cell
-                 for row, cell in zip(all_rows, cells, strict=True)]  # fmt: skip
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(shown(row.get(name, "-")) for row in all_rows) + " |")
     return "\n".join(lines)
+
+
+def shown(value: object) -> str:
+    """A number with three digits, a range by its ends."""
+    if isinstance(value, list):
+        return " to ".join(map(shown, value))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def main(argv: list[str]) -> int:
@@ -271,19 +267,17 @@ def main(argv: list[str]) -> int:
     if isinstance(prepared, int):
         return prepared
     from tlt.build import build, close
-    from tlt.provenance import git_commit
+    from tlt.provenance import measured_on
 
     run = build(*prepared)
-    run.weight_sync.push(policy_version=0)
-    found = measure(run, args)
+    with run.heartbeat:
+        run.weight_sync.push(policy_version=0)
+        found = measure(run, args)
     if run.parallel.rank == 0:
         result = rows(found)
         print(table(result))
         if args.json:
-            about = {
-                "commit": git_commit(), "command": argv, "machine": platform.machine(), "cpus": os.cpu_count(),
-                "ranks": run.parallel.world_size,
-            }  # fmt: skip
+            about = measured_on() | {"command": argv, "ranks": run.parallel.world_size}
             args.json.write_text(json.dumps({"about": about, "rows": result, "records": found}, indent=1) + "\n")
     close(run)
     return 0

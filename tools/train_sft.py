@@ -138,12 +138,8 @@ def main(argv: Sequence[str]) -> int:
     from tlt.weight_sync.hf_directory import write_hf_directory
 
     run = build(config, inputs)
-    try:
+    with run.heartbeat:
         is_complete = fine_tune(run)
-    except Exception as error:
-        run.heartbeat.failed(error)
-        raise
-    run.heartbeat.close()
     run.parallel.barrier()  # the rank that hosts the store is not the first to go
     if is_complete:
         tensors = run.policy_trainer.named_hf_tensors()
