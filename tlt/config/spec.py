@@ -35,7 +35,6 @@ class SpecConfig:
     hidden_states_mib: int = 0
     """MiB of host memory on each rank for hidden states of finished responses, the drafter's training data; 0 keeps
     none."""
-
     startup_profile: Literal["on", "off"] = "on"
     """Where a strategy weighs what engine steps cost (`adaptive`, `cost-model`), time some of each size before a run's
     first rollout: a few seconds. A resumed run goes on with the prices that it has."""

@@ -25,7 +25,6 @@ class SpotConfig:
     min_gain: float = 0.002
     """Share of the tokens of a verification that a training must gain, measured over the last ones, for idle ranks to
     train at every chance; below it they train every 2 to 8 policy versions, as fast as the head gets stale."""
-
     compare_first: Literal["off", "on"] = "off"
     """Judge the head of --spec-drafter too, which nothing trains: `spot/first_score`, for half as much again of the
     judging's time."""

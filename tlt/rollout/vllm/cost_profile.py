@@ -110,7 +110,7 @@ def apart(speculation: Any) -> Iterator[None]:
 def measure_costs(engine: Any, *, temperature: float, seed: int) -> None:
     """Time steps of `engine`, on all replicas. Collective over all ranks; all must call."""
     speculation, config = engine.speculation, engine.config
-    policy = speculation.policy
+    policy, vocabulary = speculation.policy, engine.runner.get_model().config.vocab_size
     begin_s = time.perf_counter()
 
     def learn(step: DecodeStep) -> None:
@@ -126,7 +126,6 @@ def measure_costs(engine: Any, *, temperature: float, seed: int) -> None:
             )  # fmt: skip
             speculation.policy = InTurn(tried)
             random = Random(seed * 1000 + batch)
-            vocabulary = engine.runner.get_model().config.vocab_size
             prompts = [
                 Prompt(
                     prompt_id=f"cost-profile/{batch}/{replica}", source="cost-profile", text="", answer={},
