@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sourced by the run.sh of each model: `launch FLAGS...` starts pretrain_rl.py on NODES x GPUS_PER_NODE ranks.
+# Sourced by the run.sh of each model: `launch FLAGS...` starts pretrain_rl.py on NODES x GPUS_PER_NODE ranks, with the
+# settings that run.sh has put together (paper_settings.sh, LAYOUT_ARGS) and then these flags, which win.
 # One machine needs nothing else. Several get the rendezvous in torchrun's own PET_* variables, which
 # examples/slurm/train.sbatch sets; an allocation of another size than the script's wins, and the flags are checked for it.
 # With --dry-run among the flags nothing but the check runs, on any machine; GPU_GIB is the GPUs' memory then.
@@ -10,6 +11,8 @@ python="${PYTHON:-$root/.venv/bin/python}"
 [[ -x "$python" || -n "${PYTHON:-}" ]] || python=python3
 
 launch() {
+    set -- "${RUN_ARGS[@]}" "${LAYOUT_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${RL_ARGS[@]}" "${ROLLOUT_ARGS[@]}" \
+        "${SPEC_ARGS[@]}" "${DATA_ARGS[@]}" "$@"
     local nodes="${PET_NNODES:-$NODES}" ranks="${PET_NPROC_PER_NODE:-${GPUS_PER_NODE:-8}}" flag
     for flag in "$@"; do
         if [[ $flag == --dry-run ]]; then

@@ -1,31 +1,6 @@
 #!/usr/bin/env bash
-# DeepSeek-R1-Distill-Qwen-7B, GRPO with responses of up to 32K tokens, on one node of 8 GPUs of 80 GB.
+# DeepSeek-R1-Distill-Qwen-7B, GRPO with responses of up to 32K tokens, on one node of 8 GPUs of 80 GB: of the shape of
+# Qwen2.5-7B, whose settings it takes.
 # Variables: ../paper_settings.sh, ../launch.sh. Further flags win; with --dry-run among them nothing is started.
 set -euo pipefail
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-source "$here/../paper_settings.sh"
-source "$here/../launch.sh"
-NODES=1
-
-RL_ARGS+=(
-    --rl-prompts-per-iteration 64
-    --rl-optimizer-steps 16
-)
-ROLLOUT_ARGS+=(
-    --rollout-max-model-len 33792  # prompts of up to 1024 tokens
-    --rollout-tensor-parallel-size 1
-    --rollout-max-num-seqs 64
-    --rollout-gpu-memory-utilization 0.6
-)
-LAYOUT_ARGS=(
-    --tensor-model-parallel-size 4
-    --sequence-parallel
-    --recompute-granularity full
-    --max-tokens-per-micro-batch 33792
-)
-if [[ -n "${DRAFTER_DIR:-}" ]]; then
-    SPEC_ARGS+=(--spot-training on)
-fi
-
-launch "${RUN_ARGS[@]}" "${LAYOUT_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${RL_ARGS[@]}" "${ROLLOUT_ARGS[@]}" \
-    "${SPEC_ARGS[@]}" "${DATA_ARGS[@]}" "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../qwen2.5_7b/run.sh" "$@"

@@ -25,5 +25,4 @@ LAYOUT_ARGS=(
     --max-tokens-per-micro-batch 34816
 )
 
-launch "${RUN_ARGS[@]}" "${LAYOUT_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${RL_ARGS[@]}" "${ROLLOUT_ARGS[@]}" \
-    "${SPEC_ARGS[@]}" "${DATA_ARGS[@]}" "$@"
+launch "$@"

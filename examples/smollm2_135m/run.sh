@@ -27,5 +27,4 @@ if [[ -n "${DRAFTER_DIR:-}" ]]; then
     SPEC_ARGS+=(--spot-training on)
 fi
 
-launch "${RUN_ARGS[@]}" "${LAYOUT_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${RL_ARGS[@]}" "${ROLLOUT_ARGS[@]}" \
-    "${SPEC_ARGS[@]}" "${DATA_ARGS[@]}" "$@"
+launch "$@"
