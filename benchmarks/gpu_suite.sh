@@ -121,10 +121,6 @@ PYTHON
 }
 
 e2e() {  # whole RL, full against plain
-    if [[ ! -f tools/bench_e2e.py ]]; then
-        echo "tools/bench_e2e.py is not there: nothing is measured"
-        return 3
-    fi
     local quick=()
     [[ $reduced == 1 ]] && quick=(--quick)
     "$python" tools/bench_e2e.py --hf-model "$MODEL_DIR" ${drafter[0]:+--drafter "${drafter[@]}"} --ranks 1 \

@@ -33,15 +33,15 @@ def rehearse(config: RunConfig, *, world_size: int, ranks_per_node: int) -> Foot
     )  # fmt: skip
     for line in (*shape(config, world_size=world_size, ranks_per_node=ranks_per_node), *str(found).splitlines()):
         logger.info("%s", line)
-    for flag, specs in (("--data-train", config.data.train), ("--eval-sources", config.eval.sources or ())):
-        for spec in specs:
-            parse_source(spec, flag, seed=config.training.seed)
     found.require_fit()
     if has_tokenizer(Path(config.model.hf_model)):
         from tlt.build import Inputs
 
         Inputs(config, world_size=world_size, ranks_per_node=ranks_per_node)
     else:
+        for flag, specs in (("--data-train", config.data.train), ("--eval-sources", config.eval.sources or ())):
+            for spec in specs:
+                parse_source(spec, flag, seed=config.training.seed, max_rejected=config.data.max_rejected)
         logger.warning("not checked: prompts and their lengths (no tokenizer in --hf-model %s)", config.model.hf_model)
     return found
 
