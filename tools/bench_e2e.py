@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 from tlt.report.mode_picture import draw  # noqa: E402
 from tlt.report.pairs import PLAIN, MeasuredRun, markdown_tables, measure_seed, rows  # noqa: E402
 from tlt.report.run import read_run  # noqa: E402
+from tools.training_run import last_iteration, run_command  # noqa: E402
 
 NAMED = {PLAIN: "off", "full": "adaptive:8+spot"}
 EXTRAS = {
@@ -39,7 +40,6 @@ EXTRAS = {
 }
 MODES = f"{PLAIN},eagle:3,suffix:8,adaptive:8,full"
 QUICK = ["--rollout-max-response-tokens", "256", "--eval-num-prompts", "8", "--eval-num-samples", "0"]
-TRACKER = "latest_checkpointed_iteration.txt"
 COMMAND = "command.json"
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 Launch = Callable[[Sequence[str], int, Path], None]
@@ -174,11 +174,10 @@ def runs_folder(args: argparse.Namespace) -> Path:
 def torchrun(flags: Sequence[str], ranks: int, log: Path) -> None:
     """As examples/reasoner_cpu/run.sh starts it: one core a rank."""
     environment = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     with log.open("ab") as file:
         begin = file.tell()
         process = subprocess.Popen(
-            [*command, str(ROOT / "pretrain_rl.py"), *flags], stdout=file, stderr=subprocess.STDOUT,
+            [*run_command(ranks), *flags], stdout=file, stderr=subprocess.STDOUT,
             env={"OMP_NUM_THREADS": "1"} | environment,
         )  # fmt: skip
         try:
@@ -195,8 +194,7 @@ def torchrun(flags: Sequence[str], ranks: int, log: Path) -> None:
 
 def is_done(block: Block, runs: Path) -> bool:
     """Its run completed its last iteration."""
-    tracker = block.folder(runs) / TRACKER
-    return tracker.is_file() and int(tracker.read_text()) >= block.last
+    return last_iteration(block.folder(runs)) >= block.last
 
 
 def run_block(args: argparse.Namespace, block: Block, launch: Launch) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
 from tools.lone_engine import make_engine  # noqa: E402
+from tools.prompt_flags import add_prompt_flags, prompt_builder, prompt_stream  # noqa: E402
 from tools.replay_text import Replay  # noqa: E402
 from tools.stock_engine import PREFIX, make_stock_engine, stock_config  # noqa: E402
 
@@ -52,10 +53,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--drafter", nargs="+", metavar="DIR", help="EAGLE heads for the model: eagle, eagle2, ...")
     parser.add_argument("--drafts", default="coupled", choices=("coupled", "one-hot", "sampled", "auto"))
     parser.add_argument("--sources", nargs="+", required=True, metavar="X", help="as --data-train of pretrain_rl.py")
-    parser.add_argument("--weights", nargs="+", type=float, metavar="X", help="share of each source")
-    parser.add_argument("--exclude", nargs="+", default=(), metavar="FILE", help="JSONL of questions to leave out")
-    parser.add_argument("--instruction", default="", help="text appended to every question")
-    parser.add_argument("--chat-template", action=argparse.BooleanOptionalAction, default=True)
+    add_prompt_flags(parser)
     parser.add_argument("--name", default="workload", help="of the workload, for the table")
     parser.add_argument("--strategies", default="plain,off", help="comma-separated (default: plain,off)")
     parser.add_argument("--requests-per-rank", nargs="+", type=int, default=[8], metavar="N", help="default: 8")
@@ -240,22 +238,14 @@ def read_workloads(args: argparse.Namespace) -> list[list[Workload]]:
     """For each of --requests-per-rank one for each repetition, of other prompts. Raises ValueError naming the flag."""
     from transformers import AutoTokenizer
 
-    from tlt.config import DataConfig
-    from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions
-
-    data = DataConfig(
-        train=tuple(args.sources), weights=tuple(args.weights) if args.weights else None,
-        instruction=args.instruction, chat_template=args.chat_template,
-    )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    builder = PromptBuilder(data, tokenizer=tokenizer, max_prompt_tokens=args.max_model_len - args.max_tokens)
+    builder = prompt_builder(args, AutoTokenizer.from_pretrained(args.model))
     workloads = []
     for requests in args.requests_per_rank:
         if requests % args.group_size:
             raise ValueError(
                 f"--requests-per-rank must be multiples of --group-size {args.group_size}, got {requests}"
             )
-        stream = PromptStream(data, builder, seed=args.seed, excluded=excluded_questions(args.exclude))
+        stream = prompt_stream(args, builder)
         workloads.append(
             [
                 Workload(

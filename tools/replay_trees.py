@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
 from tools.lone_engine import make_engine, start_ranks  # noqa: E402
+from tools.prompt_flags import add_prompt_flags, prompt_builder, prompt_stream  # noqa: E402
+from tools.target_weights import make_target, read_rows  # noqa: E402
 
 MAX_RANK = 8
 """Candidates of a node that are told apart."""
@@ -29,10 +31,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("--drafter", required=True, metavar="DIR", help="EAGLE head for the model")
     parser.add_argument("--sources", nargs="+", required=True, metavar="X", help="as --data-train of pretrain_rl.py")
-    parser.add_argument("--weights", nargs="+", type=float, metavar="X", help="share of each source")
-    parser.add_argument("--exclude", nargs="+", default=(), metavar="FILE", help="JSONL of questions to leave out")
-    parser.add_argument("--instruction", default="", help="text appended to every question")
-    parser.add_argument("--chat-template", action=argparse.BooleanOptionalAction, default=True)
+    add_prompt_flags(parser)
     parser.add_argument("--prompts", type=int, default=64, help="one response each (default: 64)")
     parser.add_argument("--depth", type=int, default=12, help="of the deepest node (default: 12)")
     parser.add_argument("--temperature", type=float, default=1.0, help="default: 1.0")
@@ -120,27 +119,13 @@ def responses(args: argparse.Namespace, plan, hf_config: dict, tokenizer, prompt
     return samples
 
 
-def target_of(args: argparse.Namespace, hf_config: dict, head):
-    """Target that the head's drafts are read out with."""
-    from tlt.drafter.trainer import Target
-    from tlt.rollout.vllm.speculation import read_weight
-
-    embedding = read_weight(Path(args.model), "model.embed_tokens.weight")
-    is_tied = hf_config.get("tie_word_embeddings", False)
-    output = embedding if is_tied else read_weight(Path(args.model), "lm_head.weight")
-    ids = head.draft_token_ids
-    weight = (output if ids is None else output[ids]).float()
-    return Target(embedding=embedding, output_weight=weight, temperature=args.temperature)
-
-
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     import torch
     from transformers import AutoTokenizer
 
-    from tlt.config import DataConfig, SpecConfig, read_hf_config
-    from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions
+    from tlt.config import SpecConfig, read_hf_config
     from tlt.drafter.model import load_head
     from tlt.provenance import git_commit
     from tlt.rollout.vllm.speculation import read_spec_plan
@@ -153,20 +138,13 @@ def main(argv: list[str]) -> int:
         spec = SpecConfig(hidden_states_mib=4096)
         plan = read_spec_plan(spec, target_config=hf_config, dtype=getattr(torch, args.dtype), tp_size=1)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        data = DataConfig(
-            train=tuple(args.sources), weights=tuple(args.weights) if args.weights else None,
-            instruction=args.instruction, chat_template=args.chat_template,
-        )  # fmt: skip
-        builder = PromptBuilder(data, tokenizer=tokenizer, max_prompt_tokens=args.max_model_len - args.max_tokens)
-        prompts = PromptStream(data, builder, seed=args.seed, excluded=excluded_questions(args.exclude)).next_batch(
-            args.prompts
-        )
+        prompts = prompt_stream(args, prompt_builder(args, tokenizer)).next_batch(args.prompts)
     except ValueError as error:
         print(f"replay_trees.py: error: {error}", file=sys.stderr)
         return 2
     start_ranks()
     samples = responses(args, plan, hf_config, tokenizer, prompts)
-    target = target_of(args, hf_config, head)
+    target = make_target(*read_rows(args.model, hf_config), head.draft_token_ids, temperature=args.temperature)
     with torch.no_grad():
         seeds = [request_seed(args.seed, prompt_id_of(sample.request_id), 0) for sample in samples]
         found = [

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
+from tools.training_run import last_iteration, run_command  # noqa: E402
+
 FATAL_KINDS = ("exception", "sigkill", "out-of-memory", "disk-full", "sigkill", "sigstop")
 FATAL_POINTS = (
     "rollout", "reward", "rollout_exchange", "update", "optimizer_step", "weight_sync", "save", "save_commit",
@@ -70,11 +72,6 @@ def draw_faults(generator: random.Random, *, begin: int, end: int, every: int, n
     return faults
 
 
-def last_iteration(save: Path) -> int:
-    tracker = save / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.is_file() else 0
-
-
 def soak(flags: list[str], *, save: Path, iterations: int, every: int, num_ranks: int, seed: int) -> Soak:
     """Start the run again and again until it has made all its iterations."""
     generator, result = random.Random(seed), Soak()
@@ -82,8 +79,7 @@ def soak(flags: list[str], *, save: Path, iterations: int, every: int, num_ranks
         begin = last_iteration(save)
         faults = draw_faults(generator, begin=begin, end=iterations, every=every, num_ranks=num_ranks)
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}",
-            str(ROOT / "pretrain_rl.py"), *flags, "--load", str(save), "--train-iters", str(iterations),
+            *run_command(num_ranks), *flags, "--load", str(save), "--train-iters", str(iterations),
             "--save-interval", "1", "--fault", *faults,
         ]  # fmt: skip
         begin_s = time.monotonic()

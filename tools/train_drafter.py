@@ -21,6 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
 from tools.lone_engine import make_engine, start_ranks  # noqa: E402
+from tools.prompt_flags import add_prompt_flags, prompt_builder, prompt_stream  # noqa: E402
+from tools.target_weights import make_target, read_rows  # noqa: E402
 
 ROUND_FACTOR = 2
 """Requests of one round of generation for each that runs at a time: the last ones of a round run alone."""
@@ -37,10 +39,7 @@ def parser() -> argparse.ArgumentParser:
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL of prompts, as tools/rollout.py reads them")
     text.add_argument("--sources", nargs="+", metavar="X", help="as --data-train of pretrain_rl.py")
-    parser.add_argument("--weights", nargs="+", type=float, metavar="X", help="share of each source")
-    parser.add_argument("--exclude", nargs="+", default=(), metavar="FILE", help="JSONL of questions to leave out")
-    parser.add_argument("--instruction", default="", help="text appended to every question")
-    parser.add_argument("--chat-template", action=argparse.BooleanOptionalAction, default=True)
+    add_prompt_flags(parser)
     parser.add_argument("--minutes", type=float, help="of generation and training together")
     parser.add_argument("--train-tokens", type=int, metavar="N", help="starts of drafts to train on, of all ranks")
     parser.add_argument("--generate-frac", type=float, default=0.35, help="of --minutes (default: 0.35)")
@@ -118,8 +117,7 @@ def read_setup(args: argparse.Namespace) -> Setup:
     from transformers import AutoTokenizer
 
     from tlt.build import stop_token_ids
-    from tlt.config import DataConfig, DrafterConfig, SpecConfig, read_hf_config, require
-    from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions
+    from tlt.config import DrafterConfig, SpecConfig, read_hf_config, require
     from tlt.drafter.aux_layers import parse_aux_layers
     from tlt.drafter.model import load_head
     from tlt.rollout.vllm.speculation import read_spec_plan
@@ -132,16 +130,12 @@ def read_setup(args: argparse.Namespace) -> Setup:
     require(args.max_tokens < args.max_model_len, "--max-tokens", args.max_tokens, "below --max-model-len")
     require(not (args.init and args.aux_layers), "--aux-layers", args.aux_layers, "left to the head of --init")
     hf_config = read_hf_config(args.model)
-    data = DataConfig(
-        train=tuple(args.sources or ("prompts",)), weights=tuple(args.weights) if args.weights else None,
-        instruction=args.instruction, chat_template=args.chat_template,
-    )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    builder = PromptBuilder(data, tokenizer=tokenizer, max_prompt_tokens=args.max_model_len - args.max_tokens)
+    builder = prompt_builder(args, tokenizer)
     if args.prompts:
         stream = PromptFile(args.prompts, builder, num_held_out=args.held_out_prompts)
     else:
-        stream = PromptStream(data, builder, seed=args.seed, excluded=excluded_questions(args.exclude))
+        stream = prompt_stream(args, builder)
     layers, init = parse_aux_layers(args.aux_layers, "--aux-layers", num_layers=hf_config["num_hidden_layers"]), None
     if args.init:
         init = load_head(args.init, flag="--init", target_config=hf_config, dtype=torch.float32)
@@ -224,13 +218,10 @@ def make_trainer(args: argparse.Namespace, setup: Setup, samples: list):
     import torch.distributed as dist
 
     from tlt.drafter.model import EagleHead, HeadShape, initialize
-    from tlt.drafter.trainer import DrafterTrainer, Target
+    from tlt.drafter.trainer import DrafterTrainer
     from tlt.drafter.vocabulary import draft_vocabulary
-    from tlt.rollout.vllm.speculation import read_weight
 
-    embedding = read_weight(Path(args.model), "model.embed_tokens.weight")
-    is_tied = setup.target_config.get("tie_word_embeddings", False)
-    output = embedding if is_tied else read_weight(Path(args.model), "lm_head.weight")
+    embedding, output = read_rows(args.model, setup.target_config)
     counts = torch.zeros(len(output), dtype=torch.int64)
     moments = torch.zeros(3, dtype=torch.float64)  # number, sum and sum of squares of hidden states
     for sample in samples:
@@ -250,10 +241,7 @@ def make_trainer(args: argparse.Namespace, setup: Setup, samples: list):
         head = EagleHead(shape, draft_token_ids=ids, aux_layers=setup.plan.aux_layers)
         read = embedding[counts > 0].float()
         initialize(head, seed=args.seed, hidden_std=hidden_std, embedding_std=float(read.std()))
-    target = Target(
-        embedding=embedding, output_weight=(output if ids is None else output[ids]).float(),
-        temperature=args.temperature,
-    )  # fmt: skip
+    target = make_target(embedding, output, ids, temperature=args.temperature)
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
     return DrafterTrainer(head, setup.drafter, target=target, seed=args.seed, group=group), coverage
 

@@ -14,6 +14,7 @@ import pytest
 from tests.e2e import runs
 from tests.engine.test_speculation import PEAKED, write_head
 from tests.tiny_models import write_tiny_model
+from tools.training_run import last_iteration
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
@@ -51,11 +52,6 @@ def strike(model: Path, save: Path, fault: str, **overrides) -> dict:
         "fault": fault, "iteration": iteration, "status": process.returncode, "seconds": time.monotonic() - begin_s,
         "lost_iterations": iteration - last_iteration(save), "output": output,
     }  # fmt: skip
-
-
-def last_iteration(save: Path) -> int:
-    path = save / "latest_checkpointed_iteration.txt"
-    return int(path.read_text()) if path.exists() else 0
 
 
 def check(ended: dict) -> None:

@@ -10,6 +10,7 @@ from tlt.report import mode_picture, pairs
 from tlt.report.run import read_run
 from tlt.timeline.breakdown import PHASES, breakdown
 from tools import bench_e2e
+from tools.training_run import TRACKER
 
 
 def write_run(folder, *, rollout_s: float, iterations: int = 3, tokens: float = 100.0, accuracy: float = 0.5):
@@ -195,7 +196,7 @@ def test_a_stopped_benchmark_goes_on_and_refuses_other_flags(tmp_path):
         if len(launched) == 2:
             return  # a signal: pretrain_rl.py saves what it has and ends well
         (folder / f"iter_{launched[-1][0]}").mkdir()
-        (folder / bench_e2e.TRACKER).write_text(launched[-1][0])
+        (folder / TRACKER).write_text(launched[-1][0])
 
     bench_e2e.run_block(found, first, launch)
     bench_e2e.run_block(found, first, launch)  # is done
