@@ -29,7 +29,7 @@ SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--drafter", required=True, metavar="DIR", help="EAGLE head for the model")
+    parser.add_argument("--drafter", type=Path, required=True, metavar="DIR", help="EAGLE head for the model")
     parser.add_argument("--sources", nargs="+", required=True, metavar="X", help="as --data-train of pretrain_rl.py")
     add_prompt_flags(parser)
     parser.add_argument("--prompts", type=int, default=64, help="one response each (default: 64)")
