@@ -8,8 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from tlt.config import ModelConfig
+
+INITIAL_SEED = 1234
+"""Of weights before they are loaded; nothing else draws from Megatron's generators: there is no dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,8 @@ def initialize(model: ModelConfig, *, timeout: timedelta) -> Parallel:
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
     )
+    if on_gpu:
+        model_parallel_cuda_manual_seed(INITIAL_SEED)  # layers on a GPU do not initialise without it
     return Parallel(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
