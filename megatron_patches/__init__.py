@@ -1,4 +1,5 @@
-"""Fixes of upstream that Megatron needs on a machine without CUDA; applied by an explicit call, never at import."""
+"""Fixes of upstream: what Megatron needs without Transformer Engine and Apex, and what it needs without CUDA as well;
+applied by an explicit call, never at import."""
 
 import importlib
 import logging
@@ -23,12 +24,14 @@ CPU_PATCHES = (
     "cpu_master_weights",
     "cpu_distributed_optimizer",
     "cpu_distributed_checkpoint",
-    "cpu_distributed_step",
     "cpu_tied_embedding",
     "cpu_checkpoint_preload",
     "cpu_checkpoint_verify",
 )
-"""File names, in the order they are applied."""
+"""Files for a machine without CUDA, in the order they are applied."""
+EVERYWHERE = ("adamw_distributed_step",)
+"""Files for all machines: torch's optimizer takes the place of a fused one wherever that is not installed."""
+ALL_PATCHES = CPU_PATCHES + EVERYWHERE
 
 
 def load_patch(name: str) -> Patch:
@@ -36,26 +39,25 @@ def load_patch(name: str) -> Patch:
 
 
 def apply_patches() -> list[str]:
-    """Apply what this machine needs (nothing where CUDA is there) and return the names of the patches in force."""
+    """Apply what this machine needs and return the names of the patches in force."""
     import torch
 
-    if torch.cuda.is_available():
-        return []
-    for name in CPU_PATCHES:
+    names = EVERYWHERE if torch.cuda.is_available() else ALL_PATCHES
+    for name in names:
         load_patch(name).apply()
-    logger.info("patches for a machine without CUDA: %s", ", ".join(CPU_PATCHES))
-    return list(CPU_PATCHES)
+    logger.info("patches of Megatron for this machine: %s", ", ".join(names))
+    return list(names)
 
 
 def readme() -> str:
     """The table of README.md; a test compares it with the file."""
-    rows = [load_patch(name) for name in CPU_PATCHES]
+    rows = [load_patch(name) for name in ALL_PATCHES]
     lines = [
         "# Patches of upstream",
         "",
-        "One file each; applied by `apply_patches()` where CUDA is not available. A version or source text that a",
-        "patch was not written for stops the run. Tests in `tests/patches/` show that each bug is there unpatched, so",
-        "they say when a patch can go.",
+        "One file each; applied by `apply_patches()`: `cpu_*` where CUDA is not available, the others everywhere. A",
+        "version or source text that a patch was not written for stops the run. Tests in `tests/patches/` show that",
+        "each bug is there unpatched, so they say when a patch can go.",
         "",
         "| name | symbol | versions | why | watch |",
         "|---|---|---|---|---|",

@@ -17,13 +17,13 @@ from megatron_patches.cpu_torch import on_cpu
 from megatron_patches.patch import fingerprint
 
 pytestmark = pytest.mark.megatron
-NAMES = megatron_patches.CPU_PATCHES
+NAMES = megatron_patches.ALL_PATCHES
 
 PROBE = """
 import importlib, inspect, json, sys, torch
 import megatron_patches
 report = {}
-for name in megatron_patches.CPU_PATCHES:
+for name in megatron_patches.ALL_PATCHES:
     original = megatron_patches.load_patch(name).original()
     source = inspect.getsource(original)
     marks = ('"cuda"', "'cuda'", "torch.cuda.", ".cuda()", "cuda rng state", "_lazy_init", "copy_(tensors[key])")
@@ -116,5 +116,5 @@ def test_on_cpu_changes_device_and_type_names_only():
 def test_the_readme_is_the_table():
     folder = Path(megatron_patches.__file__).parent
     assert (folder / "README.md").read_text() == megatron_patches.readme()
-    files = {path.stem for path in folder.glob("cpu_*.py")} - {"cpu_torch"}
+    files = {path.stem for path in folder.glob("*_*.py")} - {"cpu_torch", "__init__"}
     assert files == set(NAMES)

@@ -23,7 +23,7 @@ def make(original):
 
 
 PATCH = Patch(
-    name="cpu_distributed_step",
+    name="adamw_distributed_step",
     distribution="megatron-core",
     versions=">=0.16.1,<0.17",
     target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
