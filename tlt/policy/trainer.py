@@ -16,6 +16,7 @@ from tlt.metrics import MetricSums, reduce_metrics, token_sums
 from tlt.parallel import Parallel
 from tlt.policy.checkpoint import load_policy, save_policy
 from tlt.policy.model import build_policy_model, forward_packed
+from tlt.policy.offload import OptimizerOffload
 from tlt.policy.optimizer import build_optimizer
 from tlt.policy.refusal import StepRefusal
 from tlt.rl.logprobs import LogprobOutputs, vocab_parallel_logprobs
@@ -62,6 +63,7 @@ class MegatronPolicyTrainer:
             steps_per_iteration=objective.steps_per_iteration,
             train_iters=train_iters,
         )
+        self.optimizer_offload = OptimizerOffload(self.optimizer, self.stage, parallel.device)
         self.refusal = StepRefusal(
             max_logprob_diff=objective.max_logprob_diff, max_in_a_row=optimizer.max_skipped_steps
         )
@@ -217,14 +219,14 @@ class MegatronPolicyTrainer:
         """Move optimizer state to the host and free gradients (GPU); on a CPU there is one memory: nothing moves."""
         if self.parallel.device.type == "cuda" and not self.is_offloaded:
             self.ddp.offload_grad_buffers()
-            self.optimizer.offload_to_cpu()
+            self.optimizer_offload.to_host()
             self.is_offloaded = True
 
     def onload(self) -> None:
         """Undo `offload`."""
         if self.is_offloaded:
             self.ddp.restore_grad_buffers()
-            self.optimizer.restore_from_cpu()
+            self.optimizer_offload.to_device()
             self.is_offloaded = False
 
     def checkpoint_bytes(self) -> int:

@@ -1,0 +1,68 @@
+"""Optimizer state on the host while the rollout engine has the GPU.
+
+Megatron's own `offload_to_cpu` gives each parameter new memory, which parts those of an fp32 model from the model that
+they are, or are views of; and it brings AdamW's step counts, which belong on the host, back as tensors of the GPU that
+every step waits for. Here storages are emptied and filled in place: whatever looks at them stays.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
+Storage = torch.UntypedStorage
+
+
+class OptimizerOffload:
+    """Moves moments and master weights that are on `device`; what the model itself computes with stays."""
+
+    def __init__(self, optimizer: MegatronOptimizer, model: torch.nn.Module, device: torch.device):
+        self.optimizer = optimizer
+        self.model = model
+        self.device = device
+        self._moved: list[tuple[Storage, torch.Tensor]] = []
+        self._spare: dict[int, list[torch.Tensor]] = {}
+        """Host memory by size, kept: memory that is new each time costs more than the copy."""
+
+    def to_host(self) -> None:
+        """Copy and free; nothing where it is done already."""
+        if self._moved:
+            return
+        for storage in self._storages():
+            spare = self._spare.get(storage.nbytes())
+            host = spare.pop() if spare else torch.empty(storage.nbytes(), dtype=torch.uint8)
+            host.copy_(_bytes_of(storage))
+            self._moved.append((storage, host))
+        for storage, _ in self._moved:
+            storage.resize_(0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the engine allocates outside of torch's own cache
+
+    def to_device(self) -> None:
+        """Undo `to_host`."""
+        for storage, host in self._moved:
+            storage.resize_(len(host))
+            _bytes_of(storage).copy_(host)
+            self._spare.setdefault(len(host), []).append(host)
+        self._moved = []
+
+    def _storages(self) -> list[Storage]:
+        """Each once, in an order of their own."""
+        model = {each.untyped_storage().data_ptr() for each in self.model.parameters()}
+        found = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
+            for tensor in self._tensors() if tensor.device.type == self.device.type and tensor.numel()
+        }  # fmt: skip
+        return [storage for address, storage in found.items() if address not in model]
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        for part in self.optimizer.chained_optimizers:
+            for group in part.optimizer.param_groups:
+                yield from group["params"]
+            for state in part.optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _bytes_of(storage: Storage) -> torch.Tensor:
+    """All of it, as one tensor."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
