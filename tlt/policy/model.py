@@ -14,7 +14,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import unwrap_model
@@ -22,7 +21,7 @@ from megatron.core.utils import unwrap_model
 from tlt.config import ModelConfig
 from tlt.config.architecture import head_dim, supported_rope
 from tlt.parallel import Parallel
-from tlt.policy.attention import PackedAttention
+from tlt.policy.attention import PackedAttention, fastest_kernel, packed_bounds
 from tlt.types import PackedMicroBatch
 
 logger = logging.getLogger(__name__)
@@ -88,13 +87,17 @@ def transformer_config(hf_config: dict, model: ModelConfig) -> TransformerConfig
     )
 
 
-def layer_spec(config: TransformerConfig, *, transformer_engine: bool) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, *, transformer_engine: bool, device: torch.device) -> ModuleSpec:
     """One layer: Transformer Engine's on GPU, or Megatron's local one with packed attention."""
     if transformer_engine:
+        logger.info("policy: Transformer Engine's layers")
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    if device.type == "cuda":
+        logger.info("policy: Megatron's local layers; Transformer Engine is absent or not asked for")
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     attention = spec.submodules.self_attention
-    attention = replace(attention, submodules=replace(attention.submodules, core_attention=PackedAttention))
+    core = ModuleSpec(module=PackedAttention, params={"kernel": fastest_kernel(config, device)})
+    attention = replace(attention, submodules=replace(attention.submodules, core_attention=core))
     return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
 
 
@@ -102,6 +105,8 @@ class PolicyModel(GPTModel):
     """GPTModel whose output layer runs on chosen positions only: prompts have no loss, and the vocabulary is wide."""
 
     output_positions: torch.Tensor | None = None  # [N] positions of the pack; None means all
+    transformer_engine = False
+    """Whether its layers are Transformer Engine's, whose kernels read the bounds of sequences on the device."""
 
     def _postprocess(self, hidden_states, *args, **kwargs):
         if self.post_process and self.output_positions is not None:
@@ -113,9 +118,10 @@ def build_policy_model(hf_config: dict, model: ModelConfig, parallel: Parallel) 
     """This rank's stage, with uninitialised weights (`weight_sync/load.py` fills them)."""
     config = transformer_config(hf_config, model)
     rope = supported_rope(hf_config)
+    transformer_engine = uses_transformer_engine(model)
     stage = PolicyModel(
         config=config,
-        transformer_layer_spec=layer_spec(config, transformer_engine=uses_transformer_engine(model)),
+        transformer_layer_spec=layer_spec(config, transformer_engine=transformer_engine, device=parallel.device),
         vocab_size=hf_config["vocab_size"],
         max_sequence_length=hf_config["max_position_embeddings"],
         pre_process=parallel.pp_rank == 0,
@@ -127,6 +133,7 @@ def build_policy_model(hf_config: dict, model: ModelConfig, parallel: Parallel) 
         rope_scaling=rope["rope_type"] == "llama3",
         rope_scaling_factor=rope.get("factor", 8.0),
     )
+    stage.transformer_engine = transformer_engine
     return stage.to(device=parallel.device, dtype=config.params_dtype)
 
 
@@ -138,20 +145,10 @@ def forward_packed(model: torch.nn.Module, batch: PackedMicroBatch) -> torch.Ten
     stage = unwrap_model(model)
     # With sequence parallelism the hidden states here are one rank's part of the pack: all logits, then choose.
     stage.output_positions = None if stage.config.sequence_parallel else batch.predicting
-    longest = int(batch.cu_seqlens.diff().max())
-    cu_seqlens = batch.cu_seqlens.to(batch.token_ids.device)
-    output = model(
-        batch.token_ids[None],
-        batch.position_ids[None],
-        None,
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        ),
-    )
+    bounds = packed_bounds(batch.cu_seqlens, batch.token_ids.device)
+    if stage.transformer_engine:
+        bounds = replace(bounds, cu_seqlens_q=bounds.device_cu_seqlens, cu_seqlens_kv=bounds.device_cu_seqlens)
+    output = model(batch.token_ids[None], batch.position_ids[None], None, packed_seq_params=bounds)
     if not stage.post_process:
         return output
     logits = output[0]  # the last stage puts the batch first: [1, positions, V_tp]
