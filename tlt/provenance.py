@@ -50,11 +50,21 @@ def processor() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
+def gpus() -> list[str]:
+    """Names of this machine's GPUs; asked of the driver's tool, since torch would take memory of each for it."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return shown.stdout.splitlines()
+
+
 def measured_on() -> dict:
     """What a table of measurements has to say: commit, command line, machine."""
     return {
         "commit": git_commit(), "command": sys.argv, "machine": platform.machine(), "cpus": os.cpu_count(),
-        "processor": processor(),
+        "processor": processor(), "gpus": gpus(),
     }  # fmt: skip
 
 
@@ -70,6 +80,7 @@ def write_run_record(folder: Path, config: RunConfig, *, patches: list[str], wor
             "world_size": world_size,
             "python": sys.version.split()[0],
             "machine": f"{platform.machine()} {platform.system()}",
+            "gpus": gpus(),
             "packages": package_versions(),
             "patches": patches,
             "flags": to_flags(config),

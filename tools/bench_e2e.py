@@ -266,8 +266,9 @@ def write(args: argparse.Namespace, found: Sequence[MeasuredRun]) -> str:
     path = args.json or Path(f"{args.out}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"about": about, "rows": table, "curves": curves}, indent=1) + "\n")
+    hardware = ", ".join([*about["gpus"], f"{about['cpus']} cores {about['processor']}"])
     head = (
-        f"Commit {', '.join(about['commits'])}; {about['cpus']} cores {about['processor']}; {args.ranks} ranks; seeds "
+        f"Commit {', '.join(about['commits'])}; {hardware}; {args.ranks} ranks; seeds "
         f"{', '.join(map(str, args.seeds))}; {args.iterations} iterations a run in blocks of {args.block}, the first "
         f"of each not counted.\n\n    {' '.join(about['command'])}"
     )
