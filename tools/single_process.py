@@ -53,5 +53,6 @@ def start_layout(hf_model: Path, hf_config: dict, *, tp: int, pp: int):
     apply_patches()
     if world_size == 1 and not dist.is_initialized():
         store = tempfile.mkdtemp()
-        dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{store}/store", rank=0, world_size=1)
     return parallel.initialize(model, timeout=timedelta(minutes=10)), model

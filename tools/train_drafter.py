@@ -241,7 +241,9 @@ def make_trainer(args: argparse.Namespace, setup: Setup, samples: list):
         head = EagleHead(shape, draft_token_ids=ids, aux_layers=setup.plan.aux_layers)
         read = embedding[counts > 0].float()
         initialize(head, seed=args.seed, hidden_std=hidden_std, embedding_std=float(read.std()))
-    target = make_target(embedding, output, ids, temperature=args.temperature)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the engine, which sleeps, chose which GPU
+    target = make_target(embedding.to(device), output.to(device), ids, temperature=args.temperature)
+    head = head.to(device)
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
     return DrafterTrainer(head, setup.drafter, target=target, seed=args.seed, group=group), coverage
 

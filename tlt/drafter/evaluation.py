@@ -132,24 +132,25 @@ class _Drafts:
     """Of all starts of one text: whether each token is the text's, and min(1, q / p) of the text's token."""
 
     def __init__(self, head: EagleHead, text: SampledText, *, target: Target, num_draft_tokens: int):
-        batch = pack([whole(text.sample)], num_depths=num_draft_tokens, reads=head.reads)
+        weight, temperature = target.output_weight, target.temperature
+        batch = pack([whole(text.sample)], num_depths=num_draft_tokens, reads=head.reads, device=weight.device)
         num_starts = len(batch.starts)
         self.one_hot, self.coupled = torch.zeros(2, num_starts, num_draft_tokens, dtype=torch.bool)
         self.ratios = torch.zeros(num_draft_tokens, num_starts)
         self.num_starts = [0] * num_draft_tokens
-        weight, temperature = target.output_weight, target.temperature
         target_probs = target_distribution(batch.target_hidden_states, weight, temperature=temperature).probs
         ids = torch.arange(len(weight)) if head.draft_token_ids is None else head.draft_token_ids
+        ids, token_ids = ids.to(weight.device), text.sample.token_ids.long().to(weight.device)
         for index, depth in enumerate(unroll(head, batch, target.embedding, num_depths=num_draft_tokens)):
             probs = (depth.output @ weight.T / temperature).softmax(1)
             position = batch.row_position_ids[depth.rows] + 2  # of the token that is drafted
-            token = text.sample.token_ids.long()[position]
-            self.one_hot[depth.starts, index] = ids[probs.argmax(1)] == token
+            token, starts = token_ids[position], depth.starts.cpu()
+            self.one_hot[starts, index] = (ids[probs.argmax(1)] == token).cpu()
             if text.seed is not None:
                 drawn = race(probs, [text.seed] * len(position), position.tolist(), stream=TOKEN, token_ids=ids)
-                self.coupled[depth.starts, index] = ids[drawn] == token
+                self.coupled[starts, index] = (ids[drawn] == token).cpu()
             column = torch.searchsorted(ids, token).clamp(max=len(ids) - 1)
             q, p = (x.gather(1, column[:, None]).squeeze(1) for x in (probs, target_probs[depth.rows]))
             ratio = (q / p.clamp(min=1e-12)).clamp(max=1)
-            self.ratios[index, depth.starts] = torch.where(ids[column] == token, ratio, 0.0)
+            self.ratios[index, starts] = torch.where(ids[column] == token, ratio, 0.0).cpu()
             self.num_starts[index] = len(depth.starts)

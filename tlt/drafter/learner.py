@@ -26,7 +26,8 @@ class HeadLearner:
     ):  # fmt: skip
         self.target = target
         self.temperature = temperature
-        self.trainer = DrafterTrainer(head, config, target=self._target(), seed=seed)
+        own = self._target()
+        self.trainer = DrafterTrainer(head.to(own.output_weight.device), config, target=own, seed=seed)
 
     def _target(self) -> Target:
         embedding, output_weight = self.target()
@@ -60,7 +61,7 @@ class HeadLearner:
         # A rank that counts for nothing may hold anything, NaN included.
         flat = flat * weight if weight > 0 else torch.zeros_like(flat)
         for tensor, mean in zip(
-            tensors, sum_over_ranks(flat).split([tensor.numel() for tensor in tensors]), strict=True
+            tensors, sum_over_ranks(flat.cpu()).split([tensor.numel() for tensor in tensors]), strict=True
         ):
             tensor.copy_(mean.view_as(tensor))
 
