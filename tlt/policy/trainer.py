@@ -28,6 +28,16 @@ from tlt.types import PackedMicroBatch, SamplingConfig, TrainBatch, TrainSequenc
 logger = logging.getLogger(__name__)
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """GiB of this rank's GPU that torch gave out at once since the last call, the engine's part included; nothing on a
+    CPU."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"policy/gpu_peak_gib": peak / 2**30}
+
+
 class MegatronPolicyTrainer:
     """Trains one Megatron model; `hf_tensors` names its weights, `fill` loads a stage's initial weights."""
 
@@ -106,6 +116,7 @@ class MegatronPolicyTrainer:
         metrics["policy/lr"] = self.optimizer.param_groups[0]["lr"]
         metrics["policy/optimizer_steps"] = float(len(steps))
         metrics["policy/skipped_steps"] = float(len(steps) - len(grad_norms))
+        metrics |= peak_memory(self.parallel.device)
         metrics["policy/logprobs_s"] = logprobs_s
         metrics["policy/update_s"] = time.perf_counter() - begin_s - logprobs_s
         return metrics
