@@ -11,6 +11,9 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 Storage = torch.UntypedStorage
+PINNED_BYTES = 8 * 2**30
+"""Of host memory that is locked, which a GPU copies to several times as fast; torch rounds each piece of it up to a
+power of two, which would be too much for the state of a large model."""
 
 
 class OptimizerOffload:
@@ -21,6 +24,7 @@ class OptimizerOffload:
         self.model = model
         self.device = device
         self._moved: list[tuple[Storage, torch.Tensor]] = []
+        self._num_pinned_bytes = 0
         self._spare: dict[int, list[torch.Tensor]] = {}
         """Host memory by size, kept: memory that is new each time costs more than the copy."""
 
@@ -30,7 +34,7 @@ class OptimizerOffload:
             return
         for storage in self._storages():
             spare = self._spare.get(storage.nbytes())
-            host = spare.pop() if spare else torch.empty(storage.nbytes(), dtype=torch.uint8)
+            host = spare.pop() if spare else self._host_memory(storage.nbytes())
             host.copy_(_bytes_of(storage))
             self._moved.append((storage, host))
         for storage, _ in self._moved:
@@ -45,6 +49,11 @@ class OptimizerOffload:
             _bytes_of(storage).copy_(host)
             self._spare.setdefault(len(host), []).append(host)
         self._moved = []
+
+    def _host_memory(self, num_bytes: int) -> torch.Tensor:
+        is_pinned = self.device.type == "cuda" and self._num_pinned_bytes + num_bytes <= PINNED_BYTES
+        self._num_pinned_bytes += num_bytes if is_pinned else 0
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
 
     def _storages(self) -> list[Storage]:
         """Each once, in an order of their own."""
