@@ -177,7 +177,7 @@ class EagleHead(nn.Module):
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=False)
         self.layers = nn.ModuleList([Layer(shape)])
         self.rotary = Rotary(shape)
-        self.draft_token_ids = draft_token_ids
+        self.register_buffer("draft_token_ids", draft_token_ids, persistent=False)  # goes where the head goes
         self.aux_layers = aux_layers
         self.reads = AUX if aux_layers else LAST
         self.fuse = Fuse(shape) if aux_layers else nn.Identity()

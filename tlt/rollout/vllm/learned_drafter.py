@@ -134,7 +134,8 @@ class LearnedDrafter:
         ids = self.head.draft_token_ids
         if ids is None or name != output_name(self.runner.get_model()):
             return
-        self.output_weight = tensor[ids].to(device=self.runner.device, dtype=self.runner.model_config.dtype)
+        rows = tensor[ids.to(tensor.device)]
+        self.output_weight = rows.to(device=self.runner.device, dtype=self.runner.model_config.dtype)
         self._read_out = (
             PackedLinear(self.output_weight) if self.on_cpu else partial(linear, weight=self.output_weight)
         )
