@@ -103,7 +103,8 @@ class VLLMRolloutEngine:
             shared_memory.name_after(self._agree(secrets.token_hex(8)))
         num_threads = torch.get_num_threads()
         sizes = capture_sizes(spec.policy, max_num_seqs=config.max_num_seqs) if self.on_gpu else []
-        graphs = {"compilation_config": {"cudagraph_capture_sizes": sizes}} if sizes else {}
+        given = parse_engine_args(config.engine_args)
+        graphs = ({"cudagraph_capture_sizes": sizes} if sizes else {}) | given.pop("compilation_config", {})
         self.llm = LLM(
             model=hf_model,
             dtype=dtype,
@@ -122,7 +123,8 @@ class VLLMRolloutEngine:
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             speculative_config=speculative_config(spec.max_draft_tokens),
-            **(graphs | parse_engine_args(config.engine_args)),  # the user's own choice of graphs wins
+            compilation_config=graphs or None,  # of each setting, the user's own choice wins
+            **given,
         )
         torch.set_num_threads(num_threads)
         self.engine = self.llm.llm_engine
