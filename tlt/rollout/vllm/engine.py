@@ -96,15 +96,19 @@ class VLLMRolloutEngine:
         self.replica_group = self._make_replica_group() if self.tp_size > 1 else None
 
         self.on_gpu = torch.cuda.is_available()
-        if spec.aux_layers and self.on_gpu and not config.enforce_eager:
+        given = parse_engine_args(config.engine_args)
+        sizes = capture_sizes(spec.policy, max_num_seqs=config.max_num_seqs) if self.on_gpu else []
+        graphs = ({"cudagraph_capture_sizes": sizes} if sizes else {}) | given.pop("compilation_config", {})
+        is_compiled = self.on_gpu and not config.enforce_eager and graphs.get("mode") not in (0, "NONE")
+        if spec.aux_layers and is_compiled:
             # vLLM decides what a compiled model gives out before its speculation is installed here.
-            raise ValueError("--spec-drafter: a head that reads three layers needs --rollout-enforce-eager on a GPU")
+            raise ValueError(
+                "--spec-drafter: on a GPU a head that reads three layers needs --rollout-enforce-eager, or "
+                'compilation_config {"mode": 0} in --rollout-engine-args'
+            )
         if self.tp_size > 1 and not self.on_gpu:
             shared_memory.name_after(self._agree(secrets.token_hex(8)))
         num_threads = torch.get_num_threads()
-        sizes = capture_sizes(spec.policy, max_num_seqs=config.max_num_seqs) if self.on_gpu else []
-        given = parse_engine_args(config.engine_args)
-        graphs = ({"cudagraph_capture_sizes": sizes} if sizes else {}) | given.pop("compilation_config", {})
         self.llm = LLM(
             model=hf_model,
             dtype=dtype,

@@ -174,6 +174,8 @@ class Speculation:
         if AUX in kept:
             runner.use_aux_hidden_state_outputs = True
             runner.get_model().set_aux_hidden_state_layers(plan.aux_layers)
+            if runner.compilation_config.cudagraph_mode.has_full_cudagraphs():
+                capture_again(runner)
         self.suffix = SuffixDrafter(runner, history)
         if plan.methods & {SUFFIX, ADAPTIVE}:
             compile_kernels()
@@ -364,6 +366,16 @@ def make_speculation(plan: SpecPlan, runner: Any, scheduler: Any, **kwargs: Any)
     if plan.max_draft_tokens == 0:
         return NoSpeculation()
     return Speculation(plan, runner, scheduler, **kwargs)
+
+
+def capture_again(runner: Any) -> None:
+    """Replace the CUDA graphs of the engine's start: they give out what the model gave out then."""
+    from vllm.config import set_current_vllm_config
+
+    runner.model.clear_graphs()
+    runner.model.graph_pool = torch.cuda.graph_pool_handle()  # that of graphs which are gone takes no new ones
+    with set_current_vllm_config(runner.vllm_config):
+        runner.capture_model()
 
 
 def read_weight(folder: Path, name: str) -> torch.Tensor:
