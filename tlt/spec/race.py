@@ -24,6 +24,7 @@ RARE = 1 / 2048
 """Tokens of a smaller probability race as one: at most 2,047 entries a row, a few dozen as a rule."""
 NOTHING = 1e-12
 """Rounding of float64 sums can leave the rare tokens of a row this mass although none is there."""
+NO_PROBABILITY = "no token has a probability in rows {}: NaN?"
 REST = 2**32 - 1
 """Token id, which no token has, of the entry that stands for the rare ones."""
 
@@ -39,7 +40,22 @@ def race(
     """[T] column drawn in each row; never one of probability 0. RuntimeError for a row without any, such as NaN."""
     if probs.device.type == "cpu":
         return _compiled_race(probs, seeds, positions, stream=stream, token_ids=token_ids)
-    return tensor_race(probs, seeds, positions, stream=stream, token_ids=token_ids)
+    return _device_race(probs, seeds, positions, stream=stream, token_ids=token_ids)
+
+
+def _device_race(
+    probs: torch.Tensor, seeds: Sequence[int], positions: Sequence[int], *, stream: int, token_ids: torch.Tensor | None
+) -> torch.Tensor:
+    from tlt.spec.race_triton import triton_race
+
+    columns = np.stack([
+        np.asarray(seeds, dtype=np.uint64).view(np.int64), np.asarray(positions, dtype=np.int64),
+        np.full(len(probs), stream),
+    ])  # fmt: skip
+    drawn = triton_race(probs.contiguous(), *torch.from_numpy(columns).to(probs.device), token_ids=token_ids)
+    if bool((drawn < 0).any()):
+        raise RuntimeError(NO_PROBABILITY.format((drawn < 0).nonzero().squeeze(1).tolist()))
+    return drawn
 
 
 def _compiled_race(
@@ -54,7 +70,7 @@ def _compiled_race(
         np.empty(0, dtype=np.int64) if token_ids is None else token_ids.numpy(), drawn,
     )  # fmt: skip
     if (drawn < 0).any():
-        raise RuntimeError(f"no token has a probability in rows {np.flatnonzero(drawn < 0).tolist()}: NaN?")
+        raise RuntimeError(NO_PROBABILITY.format(np.flatnonzero(drawn < 0).tolist()))
     return torch.from_numpy(drawn)
 
 
@@ -62,7 +78,7 @@ def tensor_race(
     probs: torch.Tensor, seeds: Sequence[int], positions: Sequence[int], *, stream: int,
     token_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """`race` in tensor operations, on any device."""
+    """`race` in tensor operations, on any device: the reference of both kernels."""
     row, column = (probs >= RARE).nonzero(as_tuple=True)  # [C], rows ascending
     mass = probs[row, column].double()
     names = column if token_ids is None else token_ids[column]
