@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from tlt.drafter.model import EagleHead
 from tlt.rollout.vllm.ledger import Proposal
 from tlt.rollout.vllm.packed_head import PackedLinear, packed
-from tlt.rollout.vllm.paged_attention import CpuPagedAttention, GatheredPagedAttention
+from tlt.rollout.vllm.paged_attention import CpuPagedAttention, FlashPagedAttention
 from tlt.rollout.vllm.token_pool import TokenPool
 from tlt.spec.draft_kind import COUPLED, ONE_HOT, SAMPLED, KindChoice
 from tlt.spec.race import race
@@ -75,6 +75,58 @@ class AsAsked:
         return np.ones(len(rows), dtype=bool)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drafted:
+    """One more token of each of B requests."""
+
+    tokens: torch.Tensor  # [B] int64, CPU
+    probs: torch.Tensor  # [B, V_draft]
+    confidences: np.ndarray  # [B] probability of each token
+    seconds: float
+    """Of the pass."""
+
+
+class Chain(Protocol):
+    """Drafts of some requests, a token of each at a time."""
+
+    def step(self, rows: np.ndarray) -> Drafted:
+        """The next token of the requests at [B] `rows`, rising: all at first, then those that go on."""
+
+
+class PassByPass:
+    """Waits for each token before the next pass: a pass is worth saving on a CPU, where it costs what it computes."""
+
+    def __init__(self, drafter: "LearnedDrafter", requests: Sequence[DraftRequest], kinds: Sequence[str]):
+        self.drafter = drafter
+        self.requests = requests
+        self.kinds = kinds
+        self.block_table = drafter.pool.block_table(torch.tensor([request.row for request in requests]))
+        self._rows = np.arange(len(requests))
+        self._num_steps = 0
+
+    def step(self, rows: np.ndarray) -> Drafted:
+        begin_s = time.perf_counter()
+        requests = [self.requests[row] for row in rows]
+        if self._num_steps == 0:
+            hidden = self.drafter._catch_up(requests, self.block_table)
+        else:
+            kept = torch.from_numpy(np.isin(self._rows, rows))
+            position = torch.tensor(
+                [request.num_tokens - 2 + self._num_steps for request in requests], dtype=torch.int32
+            )
+            hidden = self.drafter._one_more(
+                self._tokens[kept], self._hidden[kept.to(self._hidden.device)], position, self.block_table[rows]
+            )
+        tokens, probs, confidences = self.drafter._choose(
+            hidden, requests, [self.kinds[row] for row in rows], self._num_steps
+        )
+        self._rows, self._tokens, self._hidden = rows, tokens, hidden
+        self._num_steps += 1
+        return Drafted(
+            tokens=tokens, probs=probs, confidences=confidences, seconds=time.perf_counter() - begin_s
+        )  # fmt: skip
+
+
 class LearnedDrafter:
     """Drafts with one head; `output_weight` [V_draft, H] are rows of the target's LM head, None the layer itself."""
 
@@ -88,18 +140,24 @@ class LearnedDrafter:
         self.limit: DraftLimit = AsAsked()
         self.on_pass: Callable[[int, float], None] = lambda num_rows, seconds: None
         self.output_weight: torch.Tensor | None = None
-        self._read_out: Callable[[torch.Tensor], torch.Tensor] = runner.get_model().compute_logits
+        self.read_out: Callable[[torch.Tensor], torch.Tensor] = runner.get_model().compute_logits
         """Logits [B, V_draft] of the head's outputs [B, H]."""
         self.on_cpu = runner.device.type == "cpu"
         self._renew_live()
         self._previous: dict[str, torch.Tensor] = {}
         self._num_cached: dict[str, int] = {}
         self._num_passes = 0
-        kind = CpuPagedAttention if self.on_cpu else GatheredPagedAttention
+        kind = CpuPagedAttention if self.on_cpu else FlashPagedAttention
         self.attention = kind(
             head.shape, num_blocks=pool.num_blocks, block_size=pool.block_size, dtype=runner.model_config.dtype,
             device=runner.device,
         )  # fmt: skip
+        self.chain: Callable[[Sequence[DraftRequest], Sequence[str]], Chain] = partial(PassByPass, self)
+        if not self.on_cpu:
+            from tlt.rollout.vllm.draft_graphs import DraftGraphs
+            from tlt.spec.race_triton import triton_race  # Triton's kernels need a GPU
+
+            self.chain = DraftGraphs(self, race=triton_race).begin
 
     def load(self, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
         """Take new weights in place, between two engine steps; the old ones are kept for `roll_back`.
@@ -134,9 +192,12 @@ class LearnedDrafter:
         ids = self.head.draft_token_ids
         if ids is None or name != output_name(self.runner.get_model()):
             return
-        rows = tensor[ids.to(tensor.device)]
-        self.output_weight = rows.to(device=self.runner.device, dtype=self.runner.model_config.dtype)
-        self._read_out = (
+        weight = tensor[ids.to(tensor.device)].to(device=self.runner.device, dtype=self.runner.model_config.dtype)
+        if self.output_weight is not None and not self.on_cpu:
+            self.output_weight.copy_(weight)  # graphs read it where it is
+            return
+        self.output_weight = weight
+        self.read_out = (
             PackedLinear(self.output_weight) if self.on_cpu else partial(linear, weight=self.output_weight)
         )
 
@@ -159,33 +220,23 @@ class LearnedDrafter:
             for each, kind in zip(requests, kinds, strict=True)
         ]
         self.limit.begin(self.name, requests)
-        begin_s = time.perf_counter()
-        block_table = self.pool.block_table(torch.tensor([request.row for request in requests]))
+        chain = self.chain(requests, kinds)
         asked = np.array([request.num_draft_tokens for request in requests])
         rows = np.arange(len(requests))  # that go on
-        hidden = self._catch_up(requests, block_table)
         tokens: list[list[int]] = [[] for _ in requests]
         probs: list[list[torch.Tensor]] = [[] for _ in requests]
         confidences: list[list[float]] = [[] for _ in requests]
         step = 0
-        while True:
-            drawn, draft_probs, confidence = self._choose(
-                hidden, [requests[row] for row in rows], [kinds[row] for row in rows], step
-            )
-            for index, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
+        while len(rows):
+            drafted = chain.step(rows)
+            for index, (row, token) in enumerate(zip(rows, drafted.tokens.tolist(), strict=True)):
                 tokens[row].append(token)
-                confidences[row].append(confidence[index])
+                confidences[row].append(drafted.confidences[index])
                 if is_kept[row]:
-                    probs[row].append(draft_probs[index])
-            self.on_pass(len(rows), time.perf_counter() - begin_s)
+                    probs[row].append(drafted.probs[index])
+            self.on_pass(len(rows), drafted.seconds)
             step += 1
-            goes_on = self.limit.goes_on(rows, confidence) & (asked[rows] > step)
-            if not goes_on.any():
-                break
-            begin_s = time.perf_counter()
-            rows, kept = rows[goes_on], torch.from_numpy(goes_on)
-            position = torch.tensor([requests[row].num_tokens - 2 + step for row in rows], dtype=torch.int32)
-            hidden = self._one_more(drawn[kept], hidden[kept.to(hidden.device)], position, block_table[rows])
+            rows = rows[self.limit.goes_on(rows, drafted.confidences) & (asked[rows] > step)]
         return {
             request.request_id: Proposal(
                 drafter=self.name,
@@ -200,9 +251,21 @@ class LearnedDrafter:
             for row, request in enumerate(requests)
         }
 
+    def num_cached(self, request: DraftRequest) -> int:
+        """Of its positions the first so many have keys and values in this head's cache."""
+        return self._num_cached.get(request.request_id, 0)
+
+    def caught_up(self, requests: Sequence[DraftRequest]) -> None:
+        """All positions that have a hidden state have keys and values now."""
+        self._num_cached.update((request.request_id, request.num_tokens - 1) for request in requests)
+
+    def catch_up(self, requests: Sequence[DraftRequest]) -> None:
+        """Compute the keys and values that these requests lack, of any number of positions."""
+        self._catch_up(requests, self.pool.block_table(torch.tensor([request.row for request in requests])))
+
     def _catch_up(self, requests: Sequence[DraftRequest], block_table: torch.Tensor) -> torch.Tensor:
         """[B, H] of the head at each request's last position with a hidden state; its cache is complete after."""
-        begins = [self._num_cached.get(request.request_id, 0) for request in requests]
+        begins = [self.num_cached(request) for request in requests]
         ends = [request.num_tokens - 1 for request in requests]
         position = torch.cat([torch.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
         counts = torch.tensor([end - begin for begin, end in zip(begins, ends, strict=True)], dtype=torch.int32)
@@ -215,7 +278,7 @@ class LearnedDrafter:
             next_tokens.long(), hidden, position, slots, block_table, torch.tensor(ends, dtype=torch.int32),
             rows=counts.cumsum(0) - 1,
         )  # fmt: skip
-        self._num_cached.update(zip((request.request_id for request in requests), ends, strict=True))
+        self.caught_up(requests)
         return output
 
     def _one_more(
@@ -240,7 +303,7 @@ class LearnedDrafter:
         self, hidden: torch.Tensor, requests: Sequence[DraftRequest], kinds: Sequence[str], step: int
     ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """(token [B] int64 on the CPU, probabilities [B, V_draft], its own [B]) that follow the head's output."""
-        logits = self._read_out(hidden)
+        logits = self.read_out(hidden)
         scales = [request.temperature if request.temperature > 0 else 1.0 for request in requests]
         logits = logits.float()
         if any(scale != 1 for scale in scales):

@@ -108,17 +108,20 @@ class DraftLedger:
         if not any(counts):
             return
         standing = ((tokens != REJECTED).sum(1) - 1).tolist()
+        best = probs.amax(1).tolist()  # of all rows at once: each copy from a device waits for it
         first_row = 0
         for request_id, count, accepted in zip(request_ids, counts, standing, strict=True):
             if count:
-                decided = probs[first_row : first_row + min(accepted + 1, count)]
-                self._count(request_id, count, accepted, decided)
+                rows = slice(first_row, first_row + min(accepted + 1, count))
+                self._count(request_id, count, accepted, probs[rows], best[rows])
             first_row += count + 1
 
-    def _count(self, request_id: str, count: int, accepted: int, decided: torch.Tensor) -> None:
+    def _count(
+        self, request_id: str, count: int, accepted: int, decided: torch.Tensor, best: Sequence[float]
+    ) -> None:
         proposal = self.proposals[request_id]
         stats, request = self.stats[proposal.drafter], self.requests[proposal.request_name]
-        max_probs = float(decided.amax(1).sum())
+        max_probs = sum(best)
         stats.count(count, accepted, max_probs)
         self.step.count(count, accepted, max_probs)
         if proposal.draft_probs is not None:

@@ -54,8 +54,44 @@ class CpuPagedAttention:
         return attend
 
 
+class FlashPagedAttention:
+    """vLLM's FlashAttention on [blocks, block size, key-value heads, D], of one query a request; may be captured."""
+
+    def __init__(self, shape: HeadShape, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: Any):
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+        self.shape = shape
+        self.version = get_flash_attn_version(head_size=shape.head_dim)
+        self.block_size = block_size
+        self.keys, self.values = torch.zeros(
+            2, num_blocks, block_size, shape.num_key_value_heads, shape.head_dim, dtype=dtype, device=device
+        )
+        self.scale = torch.ones((), device=device)
+
+    def plan(
+        self, *, block_table: torch.Tensor, query_lens: torch.Tensor, seq_lens: torch.Tensor, slots: torch.Tensor
+    ) -> Attend:
+        """As `CpuPagedAttention.plan`; `query_lens` must be ones."""
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, reshape_and_cache_flash
+
+        device = self.keys.device
+        seq_lens = seq_lens.to(device)
+        starts = torch.arange(len(seq_lens) + 1, dtype=torch.int32, device=device)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            reshape_and_cache_flash(k, v, self.keys, self.values, slots, "auto", self.scale, self.scale)
+            return flash_attn_varlen_func(
+                q=q, k=self.keys, v=self.values, max_seqlen_q=1, cu_seqlens_q=starts,
+                max_seqlen_k=block_table.shape[1] * self.block_size, seqused_k=seq_lens,
+                softmax_scale=self.shape.head_dim**-0.5, causal=True, block_table=block_table,
+                fa_version=self.version, num_splits=1,  # a number found by heuristics may change under a graph
+            )  # fmt: skip
+
+        return attend
+
+
 class GatheredPagedAttention:
-    """The same in plain torch, a request at a time, on any device: the reference, and what a GPU runs for now."""
+    """The same in plain torch, a request at a time, on any device: the reference."""
 
     def __init__(self, shape: HeadShape, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: Any):
         size = (num_blocks * block_size, shape.num_key_value_heads, shape.head_dim)

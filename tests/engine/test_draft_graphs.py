@@ -1,0 +1,83 @@
+"""What a GPU replays of a drafter's passes, run as plain operations on a CPU: its drafts are those of the CPU's path.
+
+Not covered here: the capture itself and FlashAttention, which need a GPU (benchmarks/gpu_suite.sh).
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.ranks import run_ranks
+from tests.engine.engines import generate, make_engine, make_prompts, tokens
+from tests.engine.test_speculation import PEAKED, EveryStep, InTurn, write_head
+from tests.tiny_models import write_tiny_model
+from tlt.config import SpecConfig
+from tlt.rollout.vllm.draft_graphs import DraftGraphs
+from tlt.rollout.vllm.learned_drafter import LearnedDrafter
+from tlt.spec.race import tensor_race
+from tlt.spec.strategy import FixedStrategy, parse_strategy
+from tlt.types import OFF, SamplingConfig
+
+pytestmark = pytest.mark.engine
+
+SAMPLINGS = (
+    SamplingConfig(temperature=0.0, max_response_tokens=40),
+    SamplingConfig(temperature=0.7, max_response_tokens=40, ignore_eos=True),
+)
+
+
+def race_by_stream(probs, seeds, positions, streams, *, token_ids):
+    """As `triton_race`, which needs a GPU."""
+    drawn = torch.empty(len(probs), dtype=torch.int64)
+    for stream in streams.unique().tolist():
+        rows = streams == stream
+        drawn[rows] = tensor_race(
+            probs[rows], seeds[rows].tolist(), positions[rows].tolist(), stream=stream, token_ids=token_ids
+        )
+    return drawn
+
+
+def _same_drafts(rank: int, world_size: int, folder, head) -> None:
+    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:5", drafter=(str(head),)))
+    speculation, prompts = engine.speculation, make_prompts(5)
+    on = parse_strategy("eagle:5", "test")
+    drafts: dict[tuple[str, int], object] = {}
+    original = LearnedDrafter.draft
+
+    def recording(self, requests):
+        proposals = original(self, requests)
+        drafts.update(
+            ((request.name, request.num_tokens), proposals[request.request_id]) for request in requests
+        )
+        return proposals
+
+    LearnedDrafter.draft = recording
+    learned = speculation.learned
+    pass_by_pass, at_once = learned.chain, DraftGraphs(learned, race=race_by_stream).begin
+    for sampling in SAMPLINGS:
+        for strategies in ([on], [OFF] * 9 + [on] * 3):
+            found = {}
+            for name, chain in (("pass by pass", pass_by_pass), ("at once", at_once)):
+                drafts.clear()
+                learned.chain, learned.kinds, learned._num_passes = chain, InTurn(), 0
+                speculation.policy = EveryStep(strategies) if len(strategies) > 1 else FixedStrategy(on)
+                text = tokens(generate(engine, prompts, sampling))
+                found[name] = (text, dict(drafts))
+            (text, one), (other_text, other) = found.values()
+            assert text == other_text
+            assert set(one) == set(other) and len(one) > 20
+            assert all(one[key].token_ids == other[key].token_ids for key in one)
+            for key in one:
+                np.testing.assert_allclose(one[key].confidences, other[key].confidences, rtol=1e-4)
+            kept = [key for key in one if one[key].draft_probs is not None]
+            assert bool(kept) == (sampling.temperature > 0 and len(strategies) == 1)
+            for key in kept:
+                torch.testing.assert_close(one[key].draft_probs, other[key].draft_probs, rtol=1e-4, atol=1e-6)
+    engine.close()
+
+
+@pytest.mark.parametrize("draft_token_ids", [None, torch.arange(0, 512, 2)])
+def test_passes_replayed_at_once_draft_what_single_passes_draft(tmp_path, draft_token_ids):
+    folder = write_tiny_model("llama", tmp_path, **PEAKED)
+    head = write_head(tmp_path / "head", folder, draft_token_ids=draft_token_ids)
+    run_ranks(_same_drafts, 1, folder, head)
