@@ -49,6 +49,7 @@ from tlt.rollout.log import RolloutLog
 from tlt.rollout.outlook import NoOutlook, Outlook
 from tlt.rollout.vllm.cost_profile import asks_prices, measure_costs
 from tlt.rollout.vllm.engine import VLLMRolloutEngine, parse_engine_args
+from tlt.rollout.vllm.graph_check import check_graphs
 from tlt.rollout.vllm.learned_drafter import shapes
 from tlt.rollout.vllm.speculation import LEARNED, read_spec_plan
 from tlt.run_state import (
@@ -323,6 +324,8 @@ def build_engine(
         outlook=outlook,
         consolidation=consolidation,
     )
+    if engine.on_gpu and inputs.spec.max_draft_tokens > 0 and not config.rollout.enforce_eager:
+        check_graphs(engine, seed=config.training.seed)
     if config.spec.startup_profile == "on" and not inputs.learned and asks_prices(inputs.spec.policy):
         measure_costs(engine, temperature=config.rollout.temperature, seed=config.training.seed)
     return engine

@@ -92,9 +92,9 @@ def capture_sizes(policy: StrategyPolicy, *, max_num_seqs: int) -> list[int]:
     nothing is ever drafted.
 
     A step without drafts can occur under every policy, at every batch size. Drafters that look up, and `adaptive`,
-    give each request a draft of its own length, so their steps have any number of tokens up to the longest. Where
-    vLLM also captures steps whose requests all have the longest draft (full decode graphs of its V1 runner), it rounds
-    all sizes up to whole drafts of that length.
+    give each request a draft of its own length, so their steps have any number of tokens up to the longest. All are
+    whole drafts of the longest length: vLLM's V1 runner rounds full graphs up to that, and drops those that it rounds
+    beyond the largest.
     """
     if policy.max_draft_tokens == 0:
         return []
@@ -102,7 +102,9 @@ def capture_sizes(policy: StrategyPolicy, *, max_num_seqs: int) -> list[int]:
     plan = plan_graphs(lambda size: [arm for arm in policy.arms(size) if is_even(arm)], batches)
     longest = max(longest_uneven(policy, range(1, max_num_seqs + 1)), max_num_seqs)
     sizes = {graph.num_tokens for graph in plan.target} | set(captured_sizes(longest))
-    return sorted(size for size in sizes if size <= LARGEST_TOKENS)
+    width = policy.max_draft_tokens + 1
+    whole = {-(-size // width) * width for size in sizes}
+    return sorted(size for size in whole if size <= max(LARGEST_TOKENS, width))
 
 
 def is_even(strategy: SpecStrategy) -> bool:

@@ -20,6 +20,7 @@ from tlt.rollout.outlook import NoOutlook, Outlook
 from tlt.rollout.placement import longest_first, place_groups
 from tlt.rollout.vllm import readback, shared_memory
 from tlt.rollout.vllm.drafting import speculative_config
+from tlt.rollout.vllm.graph_check import keep_one_schedule
 from tlt.rollout.vllm.requests import Requests
 from tlt.rollout.vllm.sampling import PositionSampler
 from tlt.rollout.vllm.speculation import SpecPlan, make_speculation
@@ -98,7 +99,9 @@ class VLLMRolloutEngine:
         self.on_gpu = torch.cuda.is_available()
         given = parse_engine_args(config.engine_args)
         sizes = capture_sizes(spec.policy, max_num_seqs=config.max_num_seqs) if self.on_gpu else []
-        graphs = ({"cudagraph_capture_sizes": sizes} if sizes else {}) | given.pop("compilation_config", {})
+        # Drafts of different lengths leave vLLM's graphs of even decode steps; full ones of any step need no compiler.
+        graphs = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": sizes} if sizes else {}
+        graphs |= given.pop("compilation_config", {})
         is_compiled = self.on_gpu and not config.enforce_eager and graphs.get("mode") not in (0, "NONE")
         if spec.aux_layers and is_compiled:
             # vLLM decides what a compiled model gives out before its speculation is installed here.
@@ -134,6 +137,8 @@ class VLLMRolloutEngine:
         self.engine = self.llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.runner = self.engine.model_executor.driver_worker.worker.model_runner
+        if self.runner.compilation_config.cudagraph_mode.name == "FULL":
+            keep_one_schedule(self.runner)
         self.speculation = make_speculation(
             spec, self.runner, self.scheduler, agree=self._agree, hf_model=hf_model, history=history
         )  # fmt: skip
