@@ -46,9 +46,7 @@ def _same_drafts(rank: int, world_size: int, folder, head) -> None:
 
     def recording(self, requests):
         proposals = original(self, requests)
-        drafts.update(
-            ((request.name, request.num_tokens), proposals[request.request_id]) for request in requests
-        )
+        drafts.update(((request.name, request.num_tokens), proposals[request.request_id]) for request in requests)
         return proposals
 
     LearnedDrafter.draft = recording

@@ -50,7 +50,7 @@ def arrival(state, item, mass):
 @triton.jit
 def race_kernel(
     probs, row_stride, seeds, positions, streams, token_ids, drawn,
-    num_columns: tl.constexpr, HAS_NAMES: tl.constexpr, BLOCK: tl.constexpr,
+    num_columns: tl.constexpr, has_names: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One row: the first entry to arrive; if that is the one of all rare tokens, inverse CDF among them."""
     row = tl.program_id(0)
@@ -62,13 +62,13 @@ def race_kernel(
     rest = tl.full((), 0.0, tl.float64)
     first = tl.full((), float("inf"), tl.float64)
     best = tl.full((), -1, tl.int32)
-    for start in range(0, num_columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    for start in range(0, num_columns, block):
+        column = start + tl.arange(0, block)
         mass = tl.load(probs + column, mask=column < num_columns, other=0.0).to(tl.float64)
         is_common = mass >= RARE
         rest += tl.sum(tl.where(mass < RARE, mass, 0.0))
         if tl.max(is_common.to(tl.int32)) > 0:
-            if HAS_NAMES:
+            if has_names:
                 names = tl.load(token_ids + column, mask=column < num_columns, other=0)
             else:
                 names = column.to(tl.int64)
@@ -85,8 +85,8 @@ def race_kernel(
             total = tl.full((), 0.0, tl.float64)
             found = tl.full((), FAR, tl.int32)
             last = tl.full((), -1, tl.int32)
-            for start in range(0, num_columns, BLOCK):
-                column = start + tl.arange(0, BLOCK)
+            for start in range(0, num_columns, block):
+                column = start + tl.arange(0, block)
                 mass = tl.load(probs + column, mask=column < num_columns, other=0.0).to(tl.float64)
                 is_rare = (mass > 0.0) & (mass < RARE)
                 mass = tl.where(is_rare, mass, 0.0)
@@ -108,9 +108,9 @@ def triton_race(
 ) -> torch.Tensor:
     """[T] int64 column drawn in each row, NO_TOKEN in one without any probability."""
     drawn = torch.empty(len(probs), dtype=torch.int64, device=probs.device)
-    has_names = token_ids is not None
+    is_part = token_ids is not None
     race_kernel[(len(probs),)](
-        probs, probs.stride(0), seeds, positions, streams, token_ids if has_names else drawn, drawn,
-        num_columns=probs.shape[1], HAS_NAMES=has_names, BLOCK=BLOCK,
+        probs, probs.stride(0), seeds, positions, streams, token_ids if is_part else drawn, drawn,
+        num_columns=probs.shape[1], has_names=is_part, block=BLOCK,
     )  # fmt: skip
     return drawn

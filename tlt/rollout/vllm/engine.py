@@ -73,6 +73,21 @@ def parse_engine_args(text: str) -> dict:
     return found
 
 
+def graph_settings(config: RolloutConfig, spec: SpecPlan, given: dict) -> dict:
+    """vLLM's compilation config on a GPU; of each setting the user's own choice (`given`) wins. Raises ValueError."""
+    sizes = capture_sizes(spec.policy, max_num_seqs=config.max_num_seqs)
+    # Drafts of different lengths leave vLLM's graphs of even decode steps; full ones of any step need no compiler.
+    graphs = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": sizes} if sizes else {}
+    graphs |= given
+    if spec.aux_layers and not config.enforce_eager and graphs.get("mode") not in (0, "NONE"):
+        # vLLM decides what a compiled model gives out before its speculation is installed here.
+        raise ValueError(
+            "--spec-drafter: on a GPU a head that reads three layers needs --rollout-enforce-eager, or "
+            'compilation_config {"mode": 0} in --rollout-engine-args'
+        )
+    return graphs
+
+
 class VLLMRolloutEngine:
     """Engine of this rank's replica; torch.distributed must be initialised, and all ranks build theirs together."""
 
@@ -98,17 +113,9 @@ class VLLMRolloutEngine:
 
         self.on_gpu = torch.cuda.is_available()
         given = parse_engine_args(config.engine_args)
-        sizes = capture_sizes(spec.policy, max_num_seqs=config.max_num_seqs) if self.on_gpu else []
-        # Drafts of different lengths leave vLLM's graphs of even decode steps; full ones of any step need no compiler.
-        graphs = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": sizes} if sizes else {}
-        graphs |= given.pop("compilation_config", {})
-        is_compiled = self.on_gpu and not config.enforce_eager and graphs.get("mode") not in (0, "NONE")
-        if spec.aux_layers and is_compiled:
-            # vLLM decides what a compiled model gives out before its speculation is installed here.
-            raise ValueError(
-                "--spec-drafter: on a GPU a head that reads three layers needs --rollout-enforce-eager, or "
-                'compilation_config {"mode": 0} in --rollout-engine-args'
-            )
+        graphs = given.pop("compilation_config", {})
+        if self.on_gpu:
+            graphs = graph_settings(config, spec, graphs)
         if self.tp_size > 1 and not self.on_gpu:
             shared_memory.name_after(self._agree(secrets.token_hex(8)))
         num_threads = torch.get_num_threads()
@@ -137,8 +144,7 @@ class VLLMRolloutEngine:
         self.engine = self.llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.runner = self.engine.model_executor.driver_worker.worker.model_runner
-        if self.runner.compilation_config.cudagraph_mode.name == "FULL":
-            keep_one_schedule(self.runner)
+        keep_one_schedule(self.runner)
         self.speculation = make_speculation(
             spec, self.runner, self.scheduler, agree=self._agree, hf_model=hf_model, history=history
         )  # fmt: skip

@@ -28,9 +28,11 @@ LARGEST_DIFFERENCE = 0.2
 def keep_one_schedule(runner: Any) -> None:
     """Let attention be scheduled for queries of two tokens at least, where one graph serves steps of any queries.
 
-    The number is an upper bound to the kernels. A bound of 1 makes FlashAttention 3 leave out the causal mask, and with
-    it a part of the schedule's layout, which captured kernels go on reading.
+    The number is an upper bound to the kernels. A bound of 1 makes FlashAttention 3 leave out the causal mask, and
+    with it a part of the schedule's layout, which captured kernels go on reading.
     """
+    if runner.compilation_config.cudagraph_mode.name != "FULL":
+        return
     for groups in runner.attn_groups:
         for group in groups:
             for builder in group.metadata_builders:

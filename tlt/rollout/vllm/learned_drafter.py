@@ -197,9 +197,7 @@ class LearnedDrafter:
             self.output_weight.copy_(weight)  # graphs read it where it is
             return
         self.output_weight = weight
-        self.read_out = (
-            PackedLinear(self.output_weight) if self.on_cpu else partial(linear, weight=self.output_weight)
-        )
+        self.read_out = PackedLinear(self.output_weight) if self.on_cpu else partial(linear, weight=self.output_weight)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """These requests ended or lost their blocks."""

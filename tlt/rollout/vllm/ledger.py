@@ -116,9 +116,7 @@ class DraftLedger:
                 self._count(request_id, count, accepted, probs[rows], best[rows])
             first_row += count + 1
 
-    def _count(
-        self, request_id: str, count: int, accepted: int, decided: torch.Tensor, best: Sequence[float]
-    ) -> None:
+    def _count(self, request_id: str, count: int, accepted: int, decided: torch.Tensor, best: Sequence[float]) -> None:
         proposal = self.proposals[request_id]
         stats, request = self.stats[proposal.drafter], self.requests[proposal.request_name]
         max_probs = sum(best)
