@@ -16,7 +16,7 @@ ROLLOUT_ARGS+=(
     --rollout-max-model-len 34816  # prompts of up to 2048 tokens
     --rollout-tensor-parallel-size 8
     --rollout-max-num-seqs 256
-    --rollout-gpu-memory-utilization 0.4
+    --rollout-gpu-memory-utilization 0.55
 )
 LAYOUT_ARGS=(
     --tensor-model-parallel-size 8

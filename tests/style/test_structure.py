@@ -49,7 +49,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
         "data", "heartbeat", "interrupt", "metrics", "parallel", "policy", "progress", "run_state", "trace",
     },
     "launch": {"arguments"},
-    "footprint": {"config", "rl", "rollout", "weight_sync"},
+    "footprint": {"config", "rl", "weight_sync"},
     "rehearsal": {"build", "config", "data", "footprint", "rollout"},
     "build": None,  # knows all classes
     "__init__": set(),

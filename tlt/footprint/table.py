@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from tlt.config import RunConfig, require
 from tlt.footprint import policy
 from tlt.footprint.engine import Drafters, EngineFootprint, engine_footprint
-from tlt.rollout.vllm.engine import SYNCS_PER_FULL_CHECK
 
 GIB = 2**30
 RESERVE = 4 * GIB
@@ -123,7 +122,7 @@ def stage_rows(config: RunConfig, shards: policy.PolicyShards, found: Footprint,
     layout = f"tensor {shards.tp_size}, pipeline {shards.pp_size} (stage {stage}), data {shards.dp_size}"
     activations = policy.activation_bytes(shards, stage, num_tokens=num_tokens)
     logits = policy.logits_bytes(shards, stage, num_tokens=num_tokens)
-    gathered = sync_bytes(shards)
+    gathered = sync_bytes(shards, rollout_tp_size=config.rollout.tensor_parallel_size)
 
     def always(name: str, num_bytes: int) -> Row:
         return Row(name=name, num_bytes=(num_bytes,) * 3)
@@ -152,8 +151,8 @@ def stage_rows(config: RunConfig, shards: policy.PolicyShards, found: Footprint,
     return tuple(row for row in rows if any(row.num_bytes))
 
 
-def sync_bytes(shards: policy.PolicyShards) -> int:
-    """Full tensors on a rank at a time: the largest one twice, and those that are kept until they are compared with
-    the engine's: the embedding, and one weight in SYNCS_PER_FULL_CHECK."""
+def sync_bytes(shards: policy.PolicyShards, *, rollout_tp_size: int) -> int:
+    """The largest full tensor twice, and the embedding's part that is kept until it is compared with the engine's; of
+    other weights a few columns are."""
     sizes = [policy.num_entries(weight) for weight in policy.table_of(shards.hf_config)]
-    return shards.item_bytes * (2 * max(sizes) + sizes[0] + sum(sizes) // SYNCS_PER_FULL_CHECK)
+    return shards.item_bytes * (2 * max(sizes) + sizes[0] // rollout_tp_size)

@@ -308,12 +308,12 @@ class VLLMRolloutEngine:
         A share of them is read back from the live engine and compared bit for bit; RuntimeError where one differs.
         Cached prefixes of the old weights are dropped. Collective over the replica's ranks.
         """
-        sample: dict[str, torch.Tensor] = {}
+        sample: dict[str, readback.OwnPart] = {}
 
         def stream() -> Iterator[tuple[str, torch.Tensor]]:
             for index, (name, tensor) in enumerate(named_tensors):
                 if name == EMBEDDING or (index + policy_version) % SYNCS_PER_FULL_CHECK == 0:
-                    sample[name] = tensor.clone()
+                    sample.update(self._own_parts(name, tensor))
                 self.speculation.renew_output(name, tensor)
                 yield name, tensor
 
@@ -323,8 +323,18 @@ class VLLMRolloutEngine:
         self._renew_tied_output_layer()
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("the engine still holds blocks of unfinished requests: its prefix cache was not reset")
-        self.check_weights(sample)
+        self._check_parts(sample)
         self.policy_version = policy_version
+
+    def _own_parts(self, name: str, sent: torch.Tensor) -> dict[str, readback.OwnPart]:
+        """What this rank's engine is to hold of a full tensor, by the name that it has there; a tied embedding has
+        two."""
+        model = self.runner.get_model()
+        is_tied = model.config.tie_word_embeddings and name == EMBEDDING
+        return {
+            each: readback.own_part(model, each, sent, tp_rank=self.tp_rank, tp_size=self.tp_size)
+            for each in ((name, "lm_head.weight") if is_tied else (name,))
+        }
 
     @torch.inference_mode()
     def _renew_tied_output_layer(self) -> None:
@@ -334,16 +344,14 @@ class VLLMRolloutEngine:
             model.lm_head.weight = model.model.embed_tokens.weight
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
-    @torch.inference_mode()
     def check_weights(self, sent: dict[str, torch.Tensor]) -> None:
         """Raise RuntimeError where the live engine's part of a weight is not what was sent."""
+        self._check_parts({k: v for name, tensor in sent.items() for k, v in self._own_parts(name, tensor).items()})
+
+    @torch.inference_mode()
+    def _check_parts(self, parts: dict[str, readback.OwnPart]) -> None:
         model = self.runner.get_model()
-        if model.config.tie_word_embeddings and EMBEDDING in sent:
-            sent = sent | {"lm_head.weight": sent[EMBEDDING]}
-        errors = [
-            readback.mismatch(model, name, tensor, tp_rank=self.tp_rank, tp_size=self.tp_size)
-            for name, tensor in sent.items()
-        ]
+        errors = [readback.mismatch(model, name, part) for name, part in parts.items()]
         errors = [error for error in errors if error]
         if errors:
             raise RuntimeError(f"after the weight sync the engine holds other values than the policy: {errors}")
