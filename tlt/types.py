@@ -86,6 +86,11 @@ class HiddenStateSample:
     policy_version: int
     aux_hidden_states: torch.Tensor | None = None  # [S - 1, 3 H]: of three layers; None where no drafter reads them
 
+    @property
+    def num_starts(self) -> int:
+        """Positions at which an engine would begin a draft whose first token is known."""
+        return max(len(self.token_ids) - 1 - max(self.num_prompt_tokens, 1), 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:

@@ -15,7 +15,7 @@ from tlt.drafter.buffer import HiddenStateBuffer
 from tlt.drafter.learner import HeadLearner
 from tlt.spot.board import TailBoard
 from tlt.spot.rank_state import TRANSITIONS, Event, Rank, RankState
-from tlt.spot.training import SpotTraining
+from tlt.spot.training import SpotTraining, newest
 from tlt.trace import NoTrace
 
 
@@ -280,3 +280,11 @@ def test_nothing_to_train_on_returns_at_once():
         [make_sample(3, 3, seed=0)], should_stop=lambda: pytest.fail("asked although there is nothing"),
         on_step=lambda: pytest.fail("a step on nothing"),
     )  # fmt: skip
+
+
+def test_the_newest_held_out_responses_judge_until_they_have_enough_drafts():
+    samples = [make_sample(length, 3, seed=length) for length in (30, 10, 20, 12)]
+    assert newest(samples, num_starts=8) == samples[3:], "8 drafts begin in the last one"
+    assert newest(samples, num_starts=9) == samples[2:]
+    assert newest(samples, num_starts=10_000) == samples
+    assert newest([], num_starts=5) == []

@@ -20,6 +20,9 @@ class SpotConfig:
     head."""
     held_out_every: int = 8
     """One response in so many is never trained on and judges new weights against those that draft."""
+    judge_starts: int = 512
+    """Drafts of held-out responses, on each rank, after which no further response judges, the newest ones first: all
+    ranks wait for it."""
     min_steps: int = 1
     """Optimizer steps, over all ranks, below which nothing is published."""
     min_gain: float = 0.002
@@ -33,5 +36,6 @@ class SpotConfig:
         require(self.lr > 0, "--spot-lr", self.lr, "above 0")
         require(self.max_age >= 0, "--spot-max-age", self.max_age, "at least 0")
         require(self.held_out_every >= 2, "--spot-held-out-every", self.held_out_every, "at least 2")
+        require(self.judge_starts >= 1, "--spot-judge-starts", self.judge_starts, "at least 1")
         require(self.min_steps >= 1, "--spot-min-steps", self.min_steps, "at least 1")
         require(0 <= self.min_gain < 1, "--spot-min-gain", self.min_gain, "in [0, 1)")

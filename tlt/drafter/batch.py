@@ -52,13 +52,14 @@ class DrafterBatch:
 
 def starts_of(sample: HiddenStateSample) -> range:
     """Positions of a sample at which an engine would begin a draft whose first token is known."""
-    return range(max(sample.num_prompt_tokens - 1, 0), len(sample.token_ids) - 2)
+    first = max(sample.num_prompt_tokens - 1, 0)
+    return range(first, first + sample.num_starts)
 
 
 def whole(sample: HiddenStateSample, *, weights: torch.Tensor | None = None) -> Piece:
     """All starts of a sample; none if it is too short."""
     starts = starts_of(sample)
-    return Piece(sample=sample, first=starts.start, end=max(starts.stop, starts.start), weights=weights)
+    return Piece(sample=sample, first=starts.start, end=starts.stop, weights=weights)
 
 
 def cut(piece: Piece, max_starts: int) -> list[Piece]:

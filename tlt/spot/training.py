@@ -52,6 +52,17 @@ class NoSpotTraining:
         """The head of --spec-drafter drafts, whatever a run before made of it."""
 
 
+def newest(samples: Sequence[HiddenStateSample], *, num_starts: int) -> list[HiddenStateSample]:
+    """The last of the samples, whole, as many as it takes for so many drafts; all where they have fewer."""
+    found: list[HiddenStateSample] = []
+    for sample in reversed(samples):
+        if num_starts <= 0:
+            break
+        found.append(sample)
+        num_starts -= sample.num_starts
+    return found[::-1]
+
+
 def is_held_out(sample: HiddenStateSample, *, every: int) -> bool:
     """Whether a response is one in `every` that no head is trained on, so that it may judge them: a function of its
     name, the same wherever and whenever asked."""
@@ -183,7 +194,8 @@ class SpotTraining:
     def _meet(self, num_steps: float, train_s: float, *, cost_frac: float) -> dict[str, float]:
         """Average, judge and load; the sums are those of all ranks."""
         self.learner.average(self.parallel.sum, weight=self.num_steps / num_steps)
-        judges = self._samples(self.engine.hidden_state_samples(), are_held_out=True)
+        held_out = self._samples(self.engine.hidden_state_samples(), are_held_out=True)
+        judges = newest(held_out, num_starts=self.config.judge_starts)
         live = self.engine.drafter_tensors()
         scores = self.learner.scores(judges, live=live)
         judged = judgement(self.parallel.sum(judgement_sums(scores)))
