@@ -63,7 +63,8 @@ def _same_drafts(rank: int, world_size: int, folder, head) -> None:
                 found[name] = (text, dict(drafts))
             (text, one), (other_text, other) = found.values()
             assert text == other_text
-            assert set(one) == set(other) and len(one) > 20
+            assert set(one) == set(other)
+            assert len(one) > 20
             assert all(one[key].token_ids == other[key].token_ids for key in one)
             for key in one:
                 np.testing.assert_allclose(one[key].confidences, other[key].confidences, rtol=1e-4)

@@ -53,7 +53,8 @@ def test_steps_without_graphs_ask_for_none():
     with without_graphs(runner):
         runner.cudagraph_dispatcher.dispatch(8, valid_modes=None)
     runner.cudagraph_dispatcher.dispatch(8, valid_modes="own")
-    assert [mode.name for mode in asked[0]] == ["NONE"] and asked[1] == "own"
+    assert [mode.name for mode in asked[0]] == ["NONE"]
+    assert asked[1] == "own"
 
 
 def test_attention_is_never_scheduled_for_single_tokens():
