@@ -340,8 +340,13 @@ def build_tail_work(
         return NoSpotTraining()
     head = copy.deepcopy(engine.speculation.learned.head).cpu()
     learner = HeadLearner(
-        head, replace(config.drafter, lr=config.spot.lr, min_lr_frac=1.0), target=engine.drafter_target,
-        temperature=config.rollout.temperature, seed=config.training.seed + parallel.rank,
+        head,
+        replace(
+            config.drafter, lr=config.spot.lr, min_lr_frac=1.0, warmup_steps=config.spot.warmup_steps,
+            ema_decay=config.spot.ema_decay,
+        ),
+        target=engine.drafter_target, temperature=config.rollout.temperature,
+        seed=config.training.seed + parallel.rank,
     )  # fmt: skip
     return SpotTraining(
         learner, engine, board, parallel, config=config.spot, is_stopped=interrupt.is_requested, trace=trace

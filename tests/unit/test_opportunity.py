@@ -10,7 +10,7 @@ from tests.unit.test_spot import Alone, Counters, Engine, Watched
 from tlt.config import SpotConfig
 from tlt.spot.board import TailBoard
 from tlt.spot.judgement import Judgement, judgement, judgement_sums
-from tlt.spot.opportunity import LASTING, MAX_INTERVAL, MIN_INTERVAL, SESSIONS, GainRecord, SwitchCost
+from tlt.spot.opportunity import LASTING, MAX_INTERVAL, MIN_INTERVAL, PATIENCE_STEPS, SESSIONS, GainRecord, SwitchCost
 from tlt.spot.training import SpotTraining
 from tlt.trace import NoTrace
 
@@ -23,7 +23,9 @@ def record_of(gains: list[float], *, error: float = 0.001, cost_frac: float = 0.
     """A training for each policy version from 0 on, none published."""
     record = GainRecord(**{"min_gain_frac": 0.002, **config})
     for version, gain in enumerate(gains):
-        record.count(judged(1.0, gain, error), policy_version=version, cost_frac=cost_frac)
+        record.count(
+            judged(1.0, gain, error), policy_version=version, cost_frac=cost_frac, num_steps=PATIENCE_STEPS
+        )  # fmt: skip
     return record
 
 
@@ -65,6 +67,13 @@ def test_gains_go_on_being_trained_for_and_nothing_gained_is_skipped_and_probed(
         ]  # fmt: skip
 
 
+def test_training_is_not_given_up_before_it_had_its_steps():
+    record = record_of([])
+    for version in range(9):
+        assert record.is_due(version) == (version < 4), version
+        record.count(judged(1.0, 0.0), policy_version=version, cost_frac=0.0, num_steps=PATIENCE_STEPS / 4)
+
+
 def test_a_gain_must_exceed_its_error_and_its_price():
     assert record_of([0.02] * SESSIONS).is_due(SESSIONS)
     assert not record_of([0.02] * SESSIONS, error=0.05).is_due(SESSIONS), "0.02 against 0.05 / sqrt(3)"
@@ -79,7 +88,7 @@ def test_the_faster_drafts_get_stale_the_sooner_they_are_trained_again():
     for loss in (0.0, 0.001, 0.002, 0.1):
         record = record_of([0.0] * SESSIONS)
         record.published(judged(1.0, 0.0), policy_version=0)
-        metrics = record.count(judged(1.0 - 4 * loss, 0.0), policy_version=4, cost_frac=0.0)
+        metrics = record.count(judged(1.0 - 4 * loss, 0.0), policy_version=4, cost_frac=0.0, num_steps=10)
         assert metrics["spot/staleness"] == pytest.approx(4 * loss)
         intervals.append(record.interval)
     assert intervals == [MAX_INTERVAL, 4, MIN_INTERVAL, MIN_INTERVAL]  # 0.2 % of 2 tokens over 0.001 each
@@ -93,7 +102,7 @@ def test_a_head_that_has_learned_its_policy_is_left_alone_until_the_policy_moves
         if record.is_due(version):
             gain = (1.5 - live) / 2
             found = judged(live, gain, error=0.002)
-            record.count(found, policy_version=version, cost_frac=LASTING * 0.001)
+            record.count(found, policy_version=version, cost_frac=LASTING * 0.001, num_steps=PATIENCE_STEPS)
             record.published(found, policy_version=version)
             live += gain
             trained.append(version)

@@ -15,6 +15,10 @@ class SpotConfig:
     lr: float = 3e-4
     """Learning rate of AdamW: the head is good already and follows the policy; --drafter-lr is for a head from
     nothing."""
+    warmup_steps: int = 10
+    """Optimizer steps of linear warm-up at the first training of a run."""
+    ema_decay: float = 0.9
+    """Of the average of weights that is published: a tail has some ten steps, too few for --drafter-ema-decay."""
     max_age: int = 2
     """Policy versions that a hidden state may be older than the newest: its targets are read out with today's LM
     head."""
@@ -34,6 +38,8 @@ class SpotConfig:
 
     def __post_init__(self):
         require(self.lr > 0, "--spot-lr", self.lr, "above 0")
+        require(self.warmup_steps >= 0, "--spot-warmup-steps", self.warmup_steps, "at least 0")
+        require(0 <= self.ema_decay < 1, "--spot-ema-decay", self.ema_decay, "in [0, 1)")
         require(self.max_age >= 0, "--spot-max-age", self.max_age, "at least 0")
         require(self.held_out_every >= 2, "--spot-held-out-every", self.held_out_every, "at least 2")
         require(self.judge_starts >= 1, "--spot-judge-starts", self.judge_starts, "at least 1")

@@ -10,7 +10,7 @@ from math import exp
 import numpy as np
 
 from tlt.spot.judgement import Judgement
-from tlt.spot.opportunity import GainRecord
+from tlt.spot.opportunity import PATIENCE_STEPS, GainRecord
 
 DEPTH = 4
 """Draft tokens over which heads are judged."""
@@ -50,7 +50,7 @@ class DrafterQuality:
         better = self.share + (1 - self.share) * (1 - exp(-rank_s / self.recovery_rank_s))
         live, candidate = self.score(self.share), self.score(better)
         judged = Judgement(live=live, candidate=candidate, error=self.error_frac * (1 + live))
-        self.gains.count(judged, policy_version=self.version, cost_frac=meeting_frac)
+        self.gains.count(judged, policy_version=self.version, cost_frac=meeting_frac, num_steps=PATIENCE_STEPS)
         if judged.is_better:
             self.gains.published(judged, policy_version=self.version)
             self.share = better

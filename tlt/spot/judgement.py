@@ -29,8 +29,9 @@ class Judgement:
 
     @property
     def is_worse(self) -> bool:
-        """Whether the training went wrong: they lose more than chance would."""
-        return self.gain < -self.error
+        """Whether the training went wrong: they lose more than chance would but once in forty. One that has just begun
+        may lose a little before it gains."""
+        return self.gain < -2 * self.error
 
     def frac(self, value: float) -> float:
         """A difference of scores as a share of the tokens that one verification gives now."""

@@ -12,6 +12,9 @@ from tlt.spot.judgement import Judgement
 
 SESSIONS = 3
 """Trainings that are judged before one is skipped, and over which gains are averaged."""
+PATIENCE_STEPS = 64
+"""Optimizer steps of all ranks before the same: a tail has some ten, a fresh optimizer warms up in the first ones, and
+the average of weights that is judged follows later still."""
 MIN_INTERVAL, MAX_INTERVAL = 2, 8
 """Policy versions between two trainings while none pays, at least and at most: the policy moves."""
 LASTING = 8
@@ -43,9 +46,13 @@ class GainRecord:
         self.losses_frac: deque[float] = deque(maxlen=SESSIONS)
         """For each policy version that passed since the weights that draft were published."""
         self._published: tuple[int, float] | None = None
+        self._num_steps = 0.0
 
-    def count(self, judged: Judgement, *, policy_version: int, cost_frac: float) -> dict[str, float]:
-        """A training was judged; metrics."""
+    def count(
+        self, judged: Judgement, *, policy_version: int, cost_frac: float, num_steps: float
+    ) -> dict[str, float]:  # fmt: skip
+        """A training of so many optimizer steps was judged; metrics."""
+        self._num_steps += num_steps
         metrics = {
             "spot/gain": judged.gain, "spot/live_score": judged.live, "spot/candidate_score": judged.candidate,
         }  # fmt: skip
@@ -89,7 +96,7 @@ class GainRecord:
 
     def is_due(self, policy_version: int) -> bool:
         """Whether idle ranks should train on responses of this policy."""
-        if len(self.sessions) < SESSIONS or self.is_measurable:
+        if len(self.sessions) < SESSIONS or self._num_steps < PATIENCE_STEPS or self.is_measurable:
             return True
         return policy_version - self.sessions[-1].policy_version >= self.interval
 

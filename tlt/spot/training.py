@@ -202,7 +202,7 @@ class SpotTraining:
         if judged is None:
             return {}
         version = self.engine.policy_version
-        metrics = self.gains.count(judged, policy_version=version, cost_frac=cost_frac)
+        metrics = self.gains.count(judged, policy_version=version, cost_frac=cost_frac, num_steps=num_steps)
         if self.first is not None:
             expected, drafts = self.parallel.sum(self.learner.score(judges, self.first).sum(0)).tolist()
             metrics["spot/first_score"] = expected / drafts
