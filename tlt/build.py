@@ -191,7 +191,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
     store = torch.distributed.distributed_c10d._get_default_store()
     board = TailBoard(store, rank=parallel.rank, world_size=parallel.world_size)
     with trace.span("build_engine"):
-        engine = build_engine(config, inputs, interrupt, history, board)
+        engine = build_engine(config, inputs, interrupt, history, board, parallel)
         engine.sleep()
     with trace.span("build_policy"):
         trainer = build_policy_trainer(
@@ -299,8 +299,9 @@ def build_checkpoints(
 
 
 def build_engine(
-    config: RunConfig, inputs: Inputs, interrupt: Interrupt, history: SuffixHistory, board: TailBoard
-) -> VLLMRolloutEngine:
+    config: RunConfig, inputs: Inputs, interrupt: Interrupt, history: SuffixHistory, board: TailBoard,
+    parallel: process_groups.Parallel,
+) -> VLLMRolloutEngine:  # fmt: skip
     """This rank's engine. Collective over all ranks; all must call."""
     is_told, is_consolidated = config.spot.training == "on", config.rollout.consolidate_tail == "on"
     outlook: Outlook | NoOutlook = NoOutlook()
@@ -325,7 +326,7 @@ def build_engine(
         consolidation=consolidation,
     )
     if engine.on_gpu and inputs.spec.max_draft_tokens > 0 and not config.rollout.enforce_eager:
-        check_graphs(engine, seed=config.training.seed)
+        check_graphs(engine, seed=config.training.seed, is_any=parallel.any)
     if config.spec.startup_profile == "on" and not inputs.learned and asks_prices(inputs.spec.policy):
         measure_costs(engine, temperature=config.rollout.temperature, seed=config.training.seed)
     return engine

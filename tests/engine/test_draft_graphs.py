@@ -1,7 +1,9 @@
 """What a GPU replays of a drafter's passes, run as plain operations on a CPU: its drafts are those of the CPU's path.
 
-Not covered here: the capture itself and FlashAttention, which need a GPU (benchmarks/gpu_suite.sh).
+Not covered anywhere: the capture itself, and FlashAttention against GatheredPagedAttention, which need a GPU.
 """
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from tests.engine.test_speculation import PEAKED, EveryStep, InTurn, write_head
 from tests.tiny_models import write_tiny_model
 from tlt.config import SpecConfig
 from tlt.rollout.vllm.draft_graphs import DraftGraphs
-from tlt.rollout.vllm.learned_drafter import LearnedDrafter
+from tlt.rollout.vllm.learned_drafter import LearnedDrafter, PassByPass
 from tlt.spec.race import tensor_race
 from tlt.spec.strategy import FixedStrategy, parse_strategy
 from tlt.types import OFF, SamplingConfig
@@ -51,7 +53,7 @@ def _same_drafts(rank: int, world_size: int, folder, head) -> None:
 
     LearnedDrafter.draft = recording
     learned = speculation.learned
-    pass_by_pass, at_once = learned.chain, DraftGraphs(learned, race=race_by_stream).begin
+    pass_by_pass, at_once = partial(PassByPass, learned), DraftGraphs(learned, race=race_by_stream).begin
     for sampling in SAMPLINGS:
         for strategies in ([on], [OFF] * 9 + [on] * 3):
             found = {}

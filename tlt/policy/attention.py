@@ -76,6 +76,8 @@ def fastest_kernel(config: TransformerConfig, device: torch.device) -> Kernel:
         return sequence_by_sequence
     try:
         difference = largest_difference(all_at_once, config, device)
+    except torch.cuda.OutOfMemoryError:  # says nothing of the kernel
+        raise
     except (ImportError, TypeError, RuntimeError, NotImplementedError) as error:
         logger.warning("attention: a call for each sequence, since torch's for all at once fails: %s", error)
         return sequence_by_sequence

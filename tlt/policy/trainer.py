@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """GiB of this rank's GPU that torch gave out at once since the last call, the engine's part included; nothing on a
-    CPU."""
+    """GiB of this rank's GPU that torch gave out at once since the last call, the engine's part included even while it
+    sleeps and holds none; nothing on a CPU."""
     if device.type != "cuda":
         return {}
     peak = torch.cuda.max_memory_allocated(device)

@@ -53,7 +53,7 @@ def race_kernel(
     num_columns: tl.constexpr, has_names: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One row: the first entry to arrive; if that is the one of all rare tokens, inverse CDF among them."""
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)  # rows x columns may exceed 2**31
     seed = tl.load(seeds + row).to(tl.uint64, bitcast=True)
     position = tl.load(positions + row).to(tl.uint64, bitcast=True)
     stream = tl.load(streams + row).to(tl.uint64, bitcast=True)

@@ -69,7 +69,10 @@ class Inputs:
 class Passes:
     """One captured batch size: buffers, and the two passes that work on them."""
 
-    def __init__(self, drafter: LearnedDrafter, size: int, *, num_tokens: int, num_blocks: int, race: Callable):
+    def __init__(
+        self, drafter: LearnedDrafter, size: int, *, num_tokens: int, num_blocks: int, race: Callable,
+        probs: torch.Tensor,
+    ):  # fmt: skip
         self.drafter = drafter
         self.race = race
         device = drafter.runner.device
@@ -80,7 +83,7 @@ class Passes:
         self.hidden = torch.zeros(size, hidden_size, dtype=drafter.runner.model_config.dtype, device=device)
         self.drafted = torch.zeros(2, num_tokens, size, dtype=torch.int64, device=device)
         """Tokens, and the bits of their probabilities in float64."""
-        self.probs: torch.Tensor | None = None  # [K, S, V_draft]
+        self.probs = probs  # [K, S, V_draft]
         self.replay: tuple[Callable[[], None], Callable[[], None]] = (self.first, self.more)
 
     def first(self) -> None:
@@ -120,12 +123,10 @@ class Passes:
         logits = self.drafter.read_out(self.hidden).float() / own.scales.float()[:, None]
         probs = logits.softmax(1)
         drawn = self.race(probs, own.seeds, own.num_tokens + self.step, own.streams.clamp(min=0), token_ids=ids)
-        columns = torch.where(own.streams == BEST, logits.argmax(1), drawn)
-        confidence = probs.gather(1, columns.clamp(min=0)[:, None]).squeeze(1).double()
+        columns = torch.where(own.streams == BEST, logits.argmax(1), drawn).clamp(min=0)  # NaN is found on the host
+        confidence = probs.gather(1, columns[:, None]).squeeze(1).double()
         self.token.copy_(columns if ids is None else ids[columns])
         self.drafted.index_copy_(1, self.step, torch.stack([self.token, confidence.view(torch.int64)])[:, None])
-        if self.probs is None:
-            self.probs = torch.zeros(self.drafted.shape[1], *probs.shape, device=probs.device)
         self.probs.index_copy_(0, self.step, probs[None])
         self.step += 1
 
@@ -160,15 +161,21 @@ class DraftGraphs:
         self._passes: dict[int, Passes] = {}
 
     def _of_size(self, num_requests: int) -> Passes:
-        """Captured when first asked for, all sizes together: a capture amid a rollout would be taken for a slow
-        pass."""
+        """Captured with the first draft, whose time it is counted to, all sizes together."""
         if not self._passes:
             num_blocks = self.drafter.pool.block_table(torch.tensor([0])).shape[1]
             # The largest first: the smaller ones find their memory in the pool that it left.
             pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+            # One draft is live at a time: all sizes write their probabilities to the same place.
+            ids, vocabulary = self.drafter.head.draft_token_ids, self.drafter.runner.get_model().config.vocab_size
+            num_columns = vocabulary if ids is None else len(ids)
+            probs = torch.zeros(
+                self.num_tokens, self.sizes[-1], num_columns, device=self.drafter.runner.device
+            )  # fmt: skip
             for size in reversed(self.sizes):
                 passes = Passes(
-                    self.drafter, size, num_tokens=self.num_tokens, num_blocks=num_blocks, race=self.race
+                    self.drafter, size, num_tokens=self.num_tokens, num_blocks=num_blocks, race=self.race,
+                    probs=probs[:, :size],
                 )  # fmt: skip
                 if torch.cuda.is_available():
                     passes.capture(pool)
@@ -214,8 +221,11 @@ class DraftGraphs:
             more()
         drafted = passes.drafted[:, :depth, :count].cpu()
         drafter.caught_up(requests)
+        confidences = drafted[1].numpy().view(np.float64)
+        if np.isnan(confidences[np.arange(depth)[:, None] < asked]).any():
+            raise RuntimeError(f"drafter {drafter.name}: no token has a probability: NaN?")
         return DraftedAtOnce(
-            tokens=drafted[0], confidences=drafted[1].numpy().view(np.float64), probs=passes.probs,
+            tokens=drafted[0], confidences=confidences, probs=passes.probs,
             seconds=(time.perf_counter() - begin_s) / depth,
         )  # fmt: skip
 

@@ -79,6 +79,8 @@ def graph_settings(config: RolloutConfig, spec: SpecPlan, given: dict) -> dict:
     # Drafts of different lengths leave vLLM's graphs of even decode steps; full ones of any step need no compiler.
     graphs = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": sizes} if sizes else {}
     graphs |= given
+    if graphs.get("cudagraph_mode") == "PIECEWISE" and graphs.get("mode") in (0, "NONE"):
+        raise ValueError('--rollout-engine-args: compilation_config with piecewise graphs needs "mode": 3')
     if spec.aux_layers and not config.enforce_eager and graphs.get("mode") not in (0, "NONE"):
         # vLLM decides what a compiled model gives out before its speculation is installed here.
         raise ValueError(
@@ -114,6 +116,8 @@ class VLLMRolloutEngine:
         self.on_gpu = torch.cuda.is_available()
         given = parse_engine_args(config.engine_args)
         graphs = given.pop("compilation_config", {})
+        if not isinstance(graphs, dict):
+            raise ValueError(f"--rollout-engine-args: compilation_config must be an object, got {graphs!r}")
         if self.on_gpu:
             graphs = graph_settings(config, spec, graphs)
         if self.tp_size > 1 and not self.on_gpu:
@@ -137,7 +141,7 @@ class VLLMRolloutEngine:
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             speculative_config=speculative_config(spec.max_draft_tokens),
-            compilation_config=graphs or None,  # of each setting, the user's own choice wins
+            compilation_config=graphs or None,
             **given,
         )
         torch.set_num_threads(num_threads)

@@ -63,9 +63,12 @@ def without_graphs(runner: Any) -> Iterator[None]:
         dispatcher.dispatch = dispatch
 
 
-def check_graphs(engine: Any, *, seed: int) -> None:
-    """RuntimeError where graphs compute something else. Collective over all ranks; all must call."""
+def check_graphs(engine: Any, *, seed: int, is_any: Callable[[bool], bool] = bool) -> None:
+    """RuntimeError, on all ranks, where graphs of one compute something else; `is_any` asks whether any rank says so.
+
+    Collective over all ranks; all must call."""
     speculation, begin_s = engine.speculation, time.perf_counter()
+    faults: list[str] = []
     with apart(speculation):
         speculation.policy = InTurn([OFF])
         with without_graphs(engine.runner):
@@ -74,14 +77,16 @@ def check_graphs(engine: Any, *, seed: int) -> None:
             speculation.policy = InTurn([strategy])
             difference, count = entropy_difference(expected, _responses(engine, seed=seed))
             logger.info("CUDA graphs %s: entropy differs by %.1e nats over %d tokens", name, difference, count)
-            if not difference <= LARGEST_DIFFERENCE:
-                raise RuntimeError(
-                    f"steps {name} compute other probabilities in CUDA graphs than without: their entropy differs by "
-                    f"{difference:.2f} nats in the mean over {count} tokens (at most {LARGEST_DIFFERENCE}). Run with "
-                    '--rollout-enforce-eager, or other graphs: --rollout-engine-args \'{"compilation_config": '
-                    '{"cudagraph_mode": "PIECEWISE"}}\''
-                )
+            if count and not difference <= LARGEST_DIFFERENCE:
+                faults.append(f"steps {name}: by {difference:.2f} nats in the mean over {count} tokens")
     speculation.begin([])
+    if is_any(bool(faults)):  # agreed, or the others would wait for this rank in their next rollout
+        raise RuntimeError(
+            "CUDA graphs compute other probabilities than steps without: their entropy differs "
+            f"({'; '.join(faults) or 'on another rank'}; at most {LARGEST_DIFFERENCE} nats). Run with "
+            "--rollout-enforce-eager, or with --rollout-engine-args "
+            '\'{"compilation_config": {"mode": 3, "cudagraph_mode": "PIECEWISE"}}\''
+        )
     logger.info("CUDA graphs checked in %.1f s", time.perf_counter() - begin_s)
 
 
