@@ -1,6 +1,6 @@
 """Two nodes, with addresses of their own and the rendezvous of a cluster, on one machine.
 
-In the slow set: torchrun gives nodes a minute to meet again, which a machine that is busy besides does not keep.
+In the slow set, and failing: the node that comes back does not meet the first one again (docs/clusters.md).
 Not covered: real networks, file systems of clusters, and the loss of the first node, which hosts the rendezvous: then
 torchrun ends on all nodes, and the job starts anew as after the time limit.
 """
