@@ -43,7 +43,7 @@ class Feed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.inputs: dict[tuple[str, int], tuple[int, torch.Tensor, torch.Tensor | None]] = {}
-        catch_up, forward = LearnedDrafter._catch_up, LearnedDrafter._forward
+        catch_up, forward = LearnedDrafter._catch_up, LearnedDrafter.forward
         names: list[str] = []
 
         def recording_catch_up(drafter, requests, block_table):
@@ -61,7 +61,7 @@ class Feed:
             return output
 
         monkeypatch.setattr(LearnedDrafter, "_catch_up", recording_catch_up)
-        monkeypatch.setattr(LearnedDrafter, "_forward", recording_forward)
+        monkeypatch.setattr(LearnedDrafter, "forward", recording_forward)
 
 
 def check_feed(feed: Feed, learned: LearnedDrafter, samples: list) -> int:

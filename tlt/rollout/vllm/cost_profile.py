@@ -107,10 +107,23 @@ def apart(speculation: Any) -> Iterator[None]:
             setattr(speculation, name, value)
 
 
+def filler_prompts(engine: Any, count: int, *, name: str, seed: int) -> list[Prompt]:
+    """So many prompts of random tokens for each replica, a function of the seed; `name`, a source and perhaps more
+    behind a slash, begins their ids."""
+    random, vocabulary = Random(seed), engine.runner.get_model().config.vocab_size
+    return [
+        Prompt(
+            prompt_id=f"{name}/{index}", source=name.partition("/")[0], text="", answer={},
+            token_ids=tuple(random.randrange(vocabulary) for _ in range(PROMPT_TOKENS)),
+        )
+        for index in range(count * engine.num_replicas)
+    ]  # fmt: skip
+
+
 def measure_costs(engine: Any, *, temperature: float, seed: int) -> None:
     """Time steps of `engine`, on all replicas. Collective over all ranks; all must call."""
     speculation, config = engine.speculation, engine.config
-    policy, vocabulary = speculation.policy, engine.runner.get_model().config.vocab_size
+    policy = speculation.policy
     begin_s = time.perf_counter()
 
     def learn(step: DecodeStep) -> None:
@@ -125,14 +138,7 @@ def measure_costs(engine: Any, *, temperature: float, seed: int) -> None:
                 heads=list(speculation.heads),
             )  # fmt: skip
             speculation.policy = InTurn(tried)
-            random = Random(seed * 1000 + batch)
-            prompts = [
-                Prompt(
-                    prompt_id=f"cost-profile/{batch}/{replica}", source="cost-profile", text="", answer={},
-                    token_ids=tuple(random.randrange(vocabulary) for _ in range(PROMPT_TOKENS)),
-                )
-                for replica in range(engine.num_replicas)
-            ]  # fmt: skip
+            prompts = filler_prompts(engine, 1, name=f"cost-profile/{batch}", seed=seed * 1000 + batch)
             sampling = SamplingConfig(
                 temperature=temperature, max_response_tokens=TIMES * len(tried) + 1, ignore_eos=True
             )

@@ -92,7 +92,7 @@ class Passes:
         self.step.zero_()
         slots = own.slots.flatten()
         hidden = drafter.live.fuse(drafter.pool.at(drafter.head.reads, slots))
-        self._forward(own.next_tokens.flatten(), hidden, own.position.flatten(), slots, own.num_tokens - 1, own.last)
+        self._pass(own.next_tokens.flatten(), hidden, own.position.flatten(), slots, own.num_tokens - 1, own.last)
 
     def more(self) -> None:
         """Draft one token more; requests that asked for fewer compute padding."""
@@ -102,19 +102,16 @@ class Passes:
         position = torch.where(goes_on, position, 0)
         block = own.block_table.gather(1, (position // block_size)[:, None]).squeeze(1)
         slots = torch.where(goes_on, block * block_size + position % block_size, 0)
-        self._forward(self.token, self.hidden, position, slots, position + 1, None)
+        self._pass(self.token, self.hidden, position, slots, position + 1, None)
 
-    def _forward(
+    def _pass(
         self, tokens: torch.Tensor, hidden: torch.Tensor, position: torch.Tensor, slots: torch.Tensor,
         seq_lens: torch.Tensor, rows: torch.Tensor | None,
     ) -> None:  # fmt: skip
-        drafter, seq_lens = self.drafter, seq_lens.int()
-        attend = drafter.attention.plan(
-            block_table=self.inputs.block_table.int(), query_lens=torch.ones_like(seq_lens), seq_lens=seq_lens,
-            slots=slots,
+        block_table = self.inputs.block_table.int()
+        self.hidden.copy_(
+            self.drafter.forward(tokens, hidden, position, slots, block_table, seq_lens.int(), rows=rows)
         )  # fmt: skip
-        embeddings = drafter.runner.get_model().model.embed_tokens(tokens)
-        self.hidden.copy_(drafter.live(embeddings.to(hidden.dtype), hidden, position, attend, rows))
         self._choose()
 
     def _choose(self) -> None:

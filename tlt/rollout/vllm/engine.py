@@ -59,13 +59,17 @@ def set_engine_environment(config: RolloutConfig) -> None:
 
 
 def parse_engine_args(text: str) -> dict:
-    """Raises ValueError where --rollout-engine-args is no JSON object or sets what it must not."""
+    """Raises ValueError where --rollout-engine-args, or `compilation_config` in it, is no JSON object, or where it
+    sets what it must not."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"--rollout-engine-args must be a JSON object, got {text!r}: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"--rollout-engine-args must be a JSON object, got {text!r}")
+    if not isinstance(found.get("compilation_config", {}), dict):
+        got = found["compilation_config"]
+        raise ValueError(f"--rollout-engine-args: compilation_config must be an object, got {got!r}")
     refuse_lossy(found, "--rollout-engine-args")
     owned = sorted(OWNED.intersection(found))
     if owned:
@@ -116,8 +120,6 @@ class VLLMRolloutEngine:
         self.on_gpu = torch.cuda.is_available()
         given = parse_engine_args(config.engine_args)
         graphs = given.pop("compilation_config", {})
-        if not isinstance(graphs, dict):
-            raise ValueError(f"--rollout-engine-args: compilation_config must be an object, got {graphs!r}")
         if self.on_gpu:
             graphs = graph_settings(config, spec, graphs)
         if self.tp_size > 1 and not self.on_gpu:

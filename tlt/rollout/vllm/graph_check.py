@@ -10,15 +10,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from random import Random
 from typing import Any
 
-from tlt.rollout.vllm.cost_profile import FILLER, InTurn, apart
-from tlt.types import OFF, Prompt, Rollout, SamplingConfig, SpecStrategy, rollout_name
+from tlt.rollout.vllm.cost_profile import FILLER, InTurn, apart, filler_prompts
+from tlt.types import OFF, Rollout, SamplingConfig, SpecStrategy, rollout_name
 
 logger = logging.getLogger(__name__)
 
-NUM_PROMPTS, PROMPT_TOKENS, NUM_TOKENS = 8, 32, 8
+NUM_PROMPTS, NUM_TOKENS = 8, 8
 STRATEGIES = {"without drafts": OFF, "with drafts": SpecStrategy(method=FILLER, num_draft_tokens=1)}
 """All steps of one kind of strategy."""
 LARGEST_DIFFERENCE = 0.2
@@ -92,14 +91,7 @@ def check_graphs(engine: Any, *, seed: int, is_any: Callable[[bool], bool] = boo
 
 def _responses(engine: Any, *, seed: int) -> dict[str, Rollout]:
     """Of this replica, by name: prompts of random tokens, drawn with the same numbers each time."""
-    random, vocabulary = Random(seed), engine.runner.get_model().config.vocab_size
-    prompts = [
-        Prompt(
-            prompt_id=f"graph-check/{index}", source="graph-check", text="", answer={},
-            token_ids=tuple(random.randrange(vocabulary) for _ in range(PROMPT_TOKENS)),
-        )
-        for index in range(NUM_PROMPTS * engine.num_replicas)
-    ]  # fmt: skip
+    prompts = filler_prompts(engine, NUM_PROMPTS, name="graph-check", seed=seed)
     sampling = SamplingConfig(temperature=1.0, max_response_tokens=NUM_TOKENS, ignore_eos=True)
     groups = engine.generate(prompts, sampling, group_size=1, seed=seed, on_finished=lambda *_: None)
     return {rollout_name(group.prompt.prompt_id, 0): group.rollouts[0] for group in groups}

@@ -272,7 +272,7 @@ class LearnedDrafter:
         next_tokens = torch.from_numpy(self.runner.input_batch.token_ids_cpu[rows.numpy(), position.numpy() + 1])
         slots = self.pool.slots(block_table, index, position)
         hidden = self.live.fuse(self.pool.at(self.head.reads, slots))
-        output = self._forward(
+        output = self.forward(
             next_tokens.long(), hidden, position, slots, block_table, torch.tensor(ends, dtype=torch.int32),
             rows=counts.cumsum(0) - 1,
         )  # fmt: skip
@@ -285,9 +285,9 @@ class LearnedDrafter:
         """[B, H] one position further, on the head's own output; these keys are overwritten once verified."""
         index = torch.arange(len(tokens))
         slots = self.pool.slots(block_table, index, position.long())
-        return self._forward(tokens, hidden, position.long(), slots, block_table, position + 1)
+        return self.forward(tokens, hidden, position.long(), slots, block_table, position + 1)
 
-    def _forward(self, tokens, hidden, position, slots, block_table, seq_lens, rows=None) -> torch.Tensor:
+    def forward(self, tokens, hidden, position, slots, block_table, seq_lens, rows=None) -> torch.Tensor:
         """[B, H] at each request's last token, one of `rows` [B] where it has several; the others leave their keys."""
         device = self.runner.device
         embeddings = self.runner.get_model().model.embed_tokens(tokens.to(device))
