@@ -6,8 +6,10 @@ from collections import Counter
 import pytest
 
 from tlt.config import DataConfig, EvalConfig
+from tlt.data.procedural import make_dataset, make_item
 from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions, held_out_prompts
-from tlt.data.source import question_key
+from tlt.data.source import parse_source, question_key
+from tlt.rewards.scoring import score
 
 SMALL = 'reasoning-gym:chain_sum:{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'
 
@@ -27,6 +29,24 @@ def test_training_never_draws_a_held_out_question(tokenizer):
     drawn = {question_key(prompt.text) for prompt in stream.next_batch(3000)}
     assert not drawn & {question_key(prompt.text) for prompt in held_out}
     assert len(drawn) == 136
+
+
+@pytest.mark.parametrize("task", ["gsm_symbolic", "list_functions", "chain_sum"])
+def test_a_task_does_not_end_where_its_dataset_does(task):
+    """Two of these have no problem beyond their size, which is no limit of a run; answers are found again."""
+    spec = f'reasoning-gym:{task}:{{"size": 7}}'
+    source = parse_source(spec, "--data-train", seed=3)
+    problems = [source.problem(position) for position in range(30)]
+    assert len({problem.question for problem in problems}) > 20, "later ones are others"
+    again = parse_source(spec, "--data-train", seed=3)
+    assert [again.problem(position).question for position in (29, 3, 14)] == [
+        problems[position].question for position in (29, 3, 14)
+    ], "a function of seed and position, in whatever order they are asked for"
+    for problem in problems:
+        answer = problem.answer
+        item = make_item(make_dataset(task, answer["config"], answer["seed"]), answer["index"])
+        assert item["question"] == problem.question, "what was asked is what is scored"
+        assert score(answer, item["answer"]) == 1.0
 
 
 def test_a_source_that_is_held_out_whole_is_an_error(tokenizer):

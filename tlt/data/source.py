@@ -8,9 +8,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Protocol
 
 from tlt.data.jsonl import is_text, numbered_lines, parse_object
+from tlt.data.procedural import make_dataset, make_item
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,11 @@ def parse_source(spec: str, flag: str, *, seed: int, max_rejected: int = 0) -> S
 
 
 class ReasoningGymSource:
-    """A procedural task: endless, each problem a function of (seed, position)."""
+    """A procedural task: endless, each problem a function of (seed, position).
+
+    reasoning-gym's datasets have a size, beyond which some tasks have no problem (gsm_symbolic, list_functions,
+    word_ladder): each further block of that size is a dataset of a seed of its own.
+    """
 
     num_problems = None
 
@@ -77,24 +82,22 @@ class ReasoningGymSource:
         self.name = f"reasoning-gym:{task}"
         self.task = task
         self.seed = derive_seed(seed, task, config)
-        self.dataset = make_dataset(task, self.config, self.seed, flag)
+        try:
+            self.dataset = make_dataset(task, self.config, self.seed)
+        except (TypeError, AssertionError, ValueError) as error:  # its three ways to say so
+            raise ValueError(f"{flag}: reasoning-gym:{task} refuses the configuration {self.config}: {error}") from None
+        self._block = 0
 
     def problem(self, position: int) -> Problem:
-        item = self.dataset[position]
+        block, index = divmod(position, len(self.dataset))
+        seed = derive_seed(self.seed, block) if block else self.seed
+        if block != self._block:
+            self.dataset, self._block = make_dataset(self.task, self.config, seed), block
+        item = make_item(self.dataset, index)
         answer = {
-            "kind": "reasoning-gym", "task": self.task, "config": self.config, "seed": self.seed, "index": position,
+            "kind": "reasoning-gym", "task": self.task, "config": self.config, "seed": seed, "index": index,
         }  # fmt: skip
         return Problem(name=f"{self.name}/{position}", question=item["question"], messages=None, answer=answer)
-
-
-def make_dataset(task: str, config: dict[str, Any], seed: int, flag: str = "--data-train"):
-    """reasoning-gym's dataset. Raises ValueError naming the flag where the task refuses its configuration."""
-    import reasoning_gym
-
-    try:
-        return reasoning_gym.create_dataset(task, seed=seed, **config)
-    except (TypeError, AssertionError, ValueError) as error:  # its three ways to say so
-        raise ValueError(f"{flag}: reasoning-gym:{task} refuses the configuration {config}: {error}") from None
 
 
 class ShuffledEpochs:

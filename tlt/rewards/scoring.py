@@ -1,7 +1,10 @@
 """Scores one response; runs in the processes of the reward pool, so it imports no engine and no torch."""
 
 import functools
+import json
 import re
+
+from tlt.data.procedural import make_dataset, make_item
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -16,19 +19,13 @@ def score(answer: dict, response: str) -> float:
 
 @functools.lru_cache(maxsize=64)
 def _dataset(task: str, config_json: str, seed: int):
-    import json
-
-    import reasoning_gym
-
-    return reasoning_gym.create_dataset(task, seed=seed, **json.loads(config_json))
+    return make_dataset(task, json.loads(config_json), seed)
 
 
 def score_reasoning_gym(answer: dict, response: str) -> float:
     """Exact score of the task's own verifier; the problem is made again from (task, configuration, seed, index)."""
-    import json
-
     dataset = _dataset(answer["task"], json.dumps(answer["config"], sort_keys=True), answer["seed"])
-    entry = dataset[answer["index"]]
+    entry = make_item(dataset, answer["index"])
     extracted = extract(response, entry["answer"])
     return exact_score(dataset.score_answer(extracted, entry))
 

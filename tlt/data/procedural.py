@@ -1,0 +1,22 @@
+"""Problems of reasoning-gym: each a function of (task, configuration, seed, index), in whatever process it is made."""
+
+import random
+from typing import Any
+
+
+def make_dataset(task: str, config: dict[str, Any], seed: int):
+    """reasoning-gym's dataset. Raises TypeError, AssertionError or ValueError where it refuses the configuration."""
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(task, seed=seed, **config)
+
+
+def make_item(dataset: Any, index: int) -> dict[str, Any]:
+    """The dataset's problem, answer included. A task that also draws from Python's own generator (list_functions) would
+    be scored against another problem than was asked: the generator is set for the call and put back."""
+    state = random.getstate()
+    random.seed(f"{dataset.seed}/{index}")
+    try:
+        return dataset[index]
+    finally:
+        random.setstate(state)
