@@ -80,6 +80,10 @@ def test_a_gain_must_exceed_its_error_and_its_price():
     assert record_of([0.02] * SESSIONS, error=0.03).is_due(SESSIONS)
     assert not record_of([0.02] * SESSIONS, cost_frac=LASTING * 0.011).is_due(SESSIONS), "1 % does not pay 1.1 %"
     assert record_of([0.02] * SESSIONS, cost_frac=LASTING * 0.009).is_due(SESSIONS)
+    dear = record_of([0.02] * 2, cost_frac=LASTING * 0.001)
+    found = judged(1.0, 0.02)
+    dear.count(found, policy_version=2, cost_frac=LASTING * 0.02, num_steps=PATIENCE_STEPS)  # a very short rollout
+    assert dear.is_due(3), "the mean of three meetings is paid for"
     assert record_of([0.0] * 9, error=math.inf).is_due(9), "one response tells nothing: it is no reason to skip"
 
 

@@ -77,8 +77,10 @@ class GainRecord:
     @property
     def needed_frac(self) -> float:
         """Gain that pays for a training: so many rollouts, shorter by this share each, make good what the ranks'
-        meeting took."""
-        return max([self.min_gain_frac, *(session.cost_frac / LASTING for session in self.sessions)])
+        meeting took. The mean of the last meetings: one short rollout must not make the next ones look dear."""
+        if not self.sessions:
+            return self.min_gain_frac
+        return max(self.min_gain_frac, fmean(session.cost_frac for session in self.sessions) / LASTING)
 
     @property
     def is_measurable(self) -> bool:
