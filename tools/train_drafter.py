@@ -7,7 +7,8 @@ Responses come from the rollout engine with its hidden-state tap, so there is no
 share of the time, training the rest. Under torchrun each rank generates with an engine of its own and all train one
 head together. Held-out prompts are answered too and not trained on: acceptance on them goes to standard error and to
 training.json beside the head. The head drafts in this project's engine (--spec-drafter), and in stock vLLM with method
-`eagle`, where it may draft all tokens (docs/drafter.md); one with --aux-layers in this project's alone.
+`eagle`, where it may draft all tokens (docs/drafter.md); one with --aux-layers in this project's alone. Micro-steps are
+long unless told otherwise (--drafter-micro-step-ms 5000): nothing interrupts them here.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from tools.lone_engine import make_engine, start_ranks  # noqa: E402
 from tools.prompt_flags import add_prompt_flags, prompt_builder, prompt_stream  # noqa: E402
 from tools.target_weights import make_target, read_rows  # noqa: E402
 
+MICRO_STEP_MS = 5000
+"""Nothing interrupts this training, and larger products are faster: an optimizer step is one, as far as possible."""
 ROUND_FACTOR = 2
 """Requests of one round of generation for each that runs at a time: the last ones of a round run alone."""
 
@@ -60,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: bfloat16")
     parser.add_argument("--seed", type=int, default=1, help="default: 1")
     add_config_group(parser, "drafter", DrafterConfig)
+    parser.set_defaults(**{"drafter.micro_step_ms": MICRO_STEP_MS})
     return parser
 
 
@@ -245,7 +249,10 @@ def make_trainer(args: argparse.Namespace, setup: Setup, samples: list):
     target = make_target(embedding.to(device), output.to(device), ids, temperature=args.temperature)
     head = head.to(device)
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
-    return DrafterTrainer(head, setup.drafter, target=target, seed=args.seed, group=group), coverage
+    trainer = DrafterTrainer(
+        head, setup.drafter, target=target, seed=args.seed, group=group, dtype=getattr(torch, args.dtype)
+    )
+    return trainer, coverage
 
 
 def train(args: argparse.Namespace, trainer, samples: list, begin_s: float) -> dict:

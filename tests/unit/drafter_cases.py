@@ -45,12 +45,14 @@ def make_target() -> Target:
     return Target(embedding=embedding, output_weight=0.3 * embedding[::2], temperature=0.8)
 
 
-def make_trainer(seed: int = 1, group=None, aux_layers: tuple[int, ...] = (), **config) -> DrafterTrainer:
+def make_trainer(
+    seed: int = 1, group=None, aux_layers: tuple[int, ...] = (), dtype: torch.dtype = torch.float32, **config
+) -> DrafterTrainer:  # fmt: skip
     ids = torch.arange(0, VOCABULARY, 2)
     head = EagleHead(HeadShape.of_target(CONFIG), draft_token_ids=ids, aux_layers=aux_layers)
     initialize(head, seed=3)
     config = {"starts_per_step": 64, "num_depths": 3, "deep_frac": 1.0, "micro_step_ms": 60_000, **config}
-    return DrafterTrainer(head, DrafterConfig(**config), target=make_target(), seed=seed, group=group)
+    return DrafterTrainer(head, DrafterConfig(**config), target=make_target(), seed=seed, group=group, dtype=dtype)
 
 
 class EngineCache:

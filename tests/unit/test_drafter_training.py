@@ -321,3 +321,14 @@ def test_bad_settings_are_refused_by_their_flag():
     for name, value in (("deep_frac", 0.0), ("num_depths", 0), ("lr", 0.0), ("ema_decay", 1.0), ("depth_decay", 2.0)):
         with pytest.raises(ValueError, match="--drafter-" + name.replace("_", "-")):
             DrafterConfig(**{name: value})
+
+
+def test_products_in_bfloat16_teach_the_same_and_leave_weights_in_float32():
+    full, half = make_trainer(), make_trainer(dtype=torch.bfloat16)
+    for _ in range(20):
+        expected, found = full.step(PIECES), half.step(PIECES)
+    assert found["kl"] != expected["kl"], "or it was not bfloat16"
+    assert found["kl"] == pytest.approx(expected["kl"], rel=0.02)
+    assert expected["kl"] < 1.2, "it learned"
+    assert {tensor.dtype for tensor in half.published().values()} == {torch.float32}
+    assert {state["exp_avg"].dtype for state in half.optimizer.state.values()} == {torch.float32}

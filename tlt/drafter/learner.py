@@ -6,7 +6,7 @@ import torch
 
 from tlt.config.drafter import DrafterConfig
 from tlt.drafter.batch import Piece, micro_batches, pack, whole
-from tlt.drafter.losses import target_distribution
+from tlt.drafter.losses import readout, target_distribution
 from tlt.drafter.model import EagleHead
 from tlt.drafter.trainer import DrafterTrainer, Target
 from tlt.drafter.unroll import unroll
@@ -27,7 +27,9 @@ class HeadLearner:
         self.target = target
         self.temperature = temperature
         own = self._target()
-        self.trainer = DrafterTrainer(head.to(own.output_weight.device), config, target=own, seed=seed)
+        self.trainer = DrafterTrainer(
+            head.to(own.output_weight.device), config, target=own, seed=seed, dtype=own.embedding.dtype
+        )
 
     def _target(self) -> Target:
         embedding, output_weight = self.target()
@@ -95,14 +97,16 @@ class HeadLearner:
         target, num_depths = self.trainer.target, self.trainer.config.num_depths
         reads = self.trainer.head.reads
         batch = pack(pieces, num_depths=num_depths, reads=reads, device=target.output_weight.device)
-        target_probs = target_distribution(
-            batch.target_hidden_states, target.output_weight, temperature=self.temperature
-        ).probs
+        with self.trainer.precision():
+            target_probs = target_distribution(
+                batch.target_hidden_states, target.output_weight, temperature=self.temperature
+            ).probs
+            depths = unroll(self.trainer.head, batch, target.embedding, num_depths=num_depths)
         stands = torch.ones(len(batch.starts))
         totals = torch.zeros(len(pieces), dtype=torch.float64)
         owner = torch.arange(len(pieces)).repeat_interleave(torch.tensor(batch.num_starts))
-        for depth in unroll(self.trainer.head, batch, target.embedding, num_depths=num_depths):
-            draft_probs = (depth.output @ target.output_weight.T / self.temperature).softmax(1)
+        for depth in depths:
+            draft_probs = readout(depth.output.float(), target.output_weight, temperature=self.temperature).softmax(1)
             starts = depth.starts.cpu()
             stands[starts] *= torch.minimum(target_probs[depth.rows], draft_probs).sum(1).cpu()
             totals.index_add_(0, owner[starts], stands[starts].double())

@@ -36,12 +36,17 @@ class TargetDistribution:
         return TargetDistribution(probs=self.probs[rows], entropy=self.entropy[rows])
 
 
+def readout(hidden: torch.Tensor, output_weight: torch.Tensor, *, temperature: float) -> torch.Tensor:
+    """Logits [N, V_draft] in float32, also where the product itself is of fewer bits (autocast)."""
+    return (hidden @ output_weight.T).float() / temperature
+
+
 @torch.no_grad()
 def target_distribution(
     hidden: torch.Tensor, output_weight: torch.Tensor, *, temperature: float
 ) -> TargetDistribution:  # fmt: skip
     """From the target's hidden states [N, H] and the rows of its LM head [V_draft, H]."""
-    logprobs = (hidden @ output_weight.T / temperature).log_softmax(1)
+    logprobs = readout(hidden, output_weight, temperature=temperature).log_softmax(1)
     probs = logprobs.exp()
     # Where a probability is 0 its logarithm may be -inf: the product is 0 by continuity.
     return TargetDistribution(probs=probs, entropy=-(probs * logprobs.clamp(min=-1e4)).sum(1))
@@ -58,7 +63,7 @@ def drafter_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(loss [N], its parts [N] without gradient: `kl`, which is the cross-entropy less its least value, and those of
     `hidden` and `total_variation` that count)."""
-    logits = output @ output_weight.T / temperature
+    logits = readout(output, output_weight, temperature=temperature)
     kl = logits.logsumexp(1) - (target.probs * logits).sum(1) - target.entropy
     loss = weights.cross_entropy * kl
     parts = {"kl": kl.detach()}

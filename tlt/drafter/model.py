@@ -75,7 +75,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)  # autocast leaves it float32
 
 
 class Rotary(nn.Module):

@@ -112,7 +112,7 @@ class ChainAttention:
         own = [tuple(x[rows].transpose(0, 1) for x in pair) for pair in self.own]  # [g, m, D] each
         q = q.view(groups, -1, size, dim)
         own_scores = [(q * k[:, None]).sum(-1).view(num_heads, size, 1) for k, _ in own]
-        weights = torch.cat([scores, *own_scores], dim=2).softmax(2)
+        weights = torch.cat([scores, *own_scores], dim=2).softmax(2, dtype=torch.float32)
         verified = weights[..., : end - first].reshape(groups, -1, end - first)
         output = (verified @ value).view(groups, -1, size, dim)
         for index, (_, v) in enumerate(own):
