@@ -1,7 +1,12 @@
 """Prompts: held-out problems are never drawn, the order is resumable, mixtures keep their weights."""
 
 import json
+import os
+import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +16,7 @@ from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions, he
 from tlt.data.source import parse_source, question_key
 from tlt.rewards.scoring import score
 
+ROOT = Path(__file__).parents[2]
 SMALL = 'reasoning-gym:chain_sum:{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'
 
 
@@ -31,12 +37,44 @@ def test_training_never_draws_a_held_out_question(tokenizer):
     assert len(drawn) == 136
 
 
+MAKE_ONE_OF_EACH = """
+import hashlib, json
+from reasoning_gym.factory import DATASETS
+from tlt.data.procedural import OF_HASH_SEED, make_dataset, make_item
+for task in sorted(set(DATASETS) - OF_HASH_SEED - {"composite"}):  # which names no task of its own
+    items = [make_item(make_dataset(task, {"size": 4}, 5), index) for index in range(4)]
+    print(task, hashlib.sha256(json.dumps([item["question"] for item in items]).encode()).hexdigest())
+"""
+
+
+def test_every_process_has_the_same_problems():
+    """Ranks and scorers each make them for themselves; Python's strings hash otherwise in each."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MAKE_ONE_OF_EACH], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+        )
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    first, second = (process.communicate()[0].splitlines() for process in processes)
+    assert len(first) > 90
+    assert [one for one, other in zip(first, second, strict=True) if one != other] == []
+
+
+def test_a_task_without_problems_of_its_own_is_refused():
+    with pytest.raises(ValueError, match="--data-train: reasoning-gym:ransom_note has other problems in each process"):
+        parse_source("reasoning-gym:ransom_note", "--data-train", seed=1)
+    with pytest.raises(ValueError, match="--data-train: the size of reasoning-gym:gcd must be at least 1, got 0"):
+        parse_source('reasoning-gym:gcd:{"size": 0}', "--data-train", seed=1)
+
+
 @pytest.mark.parametrize("task", ["gsm_symbolic", "list_functions", "chain_sum"])
 def test_a_task_does_not_end_where_its_dataset_does(task):
     """Two of these have no problem beyond their size, which is no limit of a run; answers are found again."""
     spec = f'reasoning-gym:{task}:{{"size": 7}}'
-    source = parse_source(spec, "--data-train", seed=3)
+    source, state = parse_source(spec, "--data-train", seed=3), random.getstate()
     problems = [source.problem(position) for position in range(30)]
+    assert random.getstate() == state, "a run's own generator is left alone"
     assert len({problem.question for problem in problems}) > 20, "later ones are others"
     again = parse_source(spec, "--data-train", seed=3)
     assert [again.problem(position).question for position in (29, 3, 14)] == [

@@ -1,7 +1,10 @@
-"""Problems of reasoning-gym: each a function of (task, configuration, seed, index), in whatever process it is made."""
+"""Problems of reasoning-gym: functions of (task, configuration, seed, index), so that any process can make them."""
 
 import random
 from typing import Any
+
+OF_HASH_SEED = frozenset({"isomorphic_strings", "ransom_note"})
+"""Tasks that draw from a set of strings, whose order differs from process to process: no other has their problems."""
 
 
 def make_dataset(task: str, config: dict[str, Any], seed: int):
@@ -12,8 +15,11 @@ def make_dataset(task: str, config: dict[str, Any], seed: int):
 
 
 def make_item(dataset: Any, index: int) -> dict[str, Any]:
-    """The dataset's problem, answer included. A task that also draws from Python's own generator (list_functions) would
-    be scored against another problem than was asked: the generator is set for the call and put back."""
+    """The dataset's problem, answer included.
+
+    A task that also draws from Python's own generator (list_functions) would be scored against another problem than
+    was asked: the generator is set for the call and put back.
+    """
     state = random.getstate()
     random.seed(f"{dataset.seed}/{index}")
     try:

@@ -11,7 +11,7 @@ from random import Random
 from typing import Protocol
 
 from tlt.data.jsonl import is_text, numbered_lines, parse_object
-from tlt.data.procedural import make_dataset, make_item
+from tlt.data.procedural import OF_HASH_SEED, make_dataset, make_item
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ class ReasoningGymSource:
         if task not in DATASETS:
             near = difflib.get_close_matches(task, DATASETS, n=3) or sorted(DATASETS)[:3]
             raise ValueError(f"{flag}: reasoning-gym has no task {task!r}; close to it: {', '.join(near)}")
+        if task in OF_HASH_SEED:
+            raise ValueError(f"{flag}: reasoning-gym:{task} has other problems in each process (PYTHONHASHSEED)")
         try:
             self.config = json.loads(config) if config else {}
         except json.JSONDecodeError as error:
@@ -85,12 +87,15 @@ class ReasoningGymSource:
         try:
             self.dataset = make_dataset(task, self.config, self.seed)
         except (TypeError, AssertionError, ValueError) as error:  # its three ways to say so
-            raise ValueError(f"{flag}: reasoning-gym:{task} refuses the configuration {self.config}: {error}") from None
-        self._block = 0
+            refused = f"{flag}: reasoning-gym:{task} refuses the configuration {self.config}"
+            raise ValueError(f"{refused}: {error}") from None
+        self.block_size, self._block = len(self.dataset), 0
+        if self.block_size < 1:
+            raise ValueError(f"{flag}: the size of reasoning-gym:{task} must be at least 1, got {self.block_size}")
 
     def problem(self, position: int) -> Problem:
-        block, index = divmod(position, len(self.dataset))
-        seed = derive_seed(self.seed, block) if block else self.seed
+        block, index = divmod(position, self.block_size)
+        seed = derive_seed(self.seed, block) if block else self.seed  # the first: as it was before there were others
         if block != self._block:
             self.dataset, self._block = make_dataset(self.task, self.config, seed), block
         item = make_item(self.dataset, index)
