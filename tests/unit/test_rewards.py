@@ -75,7 +75,9 @@ def scripted(answer: dict, response: str) -> float:
     if response == "die":
         os._exit(3)
     if response == "signal":
-        os.kill(os.getpid(), signal.SIGUSR1)
+        for process in (os.getpid(), os.getppid()):  # and the zygote, without which no one could be replaced
+            os.kill(process, signal.SIGUSR1)
+        os.kill(os.getppid(), signal.SIGTERM)
         response = "good"
     if response == "raise":
         raise ValueError("weird response")
@@ -96,8 +98,8 @@ LEAKED: list[bytes] = []
 WRONG = {"nan": float("nan"), "infinite": float("inf"), "none": None, "text": "1.0", "huge": "9" * 10**6}
 
 
-def group(name: str, texts: list[str]) -> RolloutGroup:
-    prompt = Prompt(prompt_id=name, source="s", token_ids=(1,), text="", answer={})
+def group(name: str, texts: list[str], answer: dict | None = None) -> RolloutGroup:
+    prompt = Prompt(prompt_id=name, source="s", token_ids=(1,), text="", answer=answer or {})
     rollouts = tuple(
         Rollout(
             token_ids=(1,), logprobs=(-1.0,), text=text, finish_reason="stop", policy_version=0, sample_index=index
@@ -120,6 +122,17 @@ def submit(pool: RewardPool, groups: list[RolloutGroup]) -> None:
             pool.submit(item.prompt, index, rollout)
 
 
+def test_a_fresh_process_does_not_pay_for_its_imports_with_a_time_limit():
+    """They take seconds: with this limit no response was scored, each one's process being ended while it imported."""
+    pool = RewardPool(RewardConfig(timeout_s=1.0))
+    try:
+        groups = [group(str(index), ["8"], answer=SUM) for index in range(3)]
+        submit(pool, groups)
+        assert [item.rewards for item in pool.collect(groups)] == [(1.0,)] * 3
+    finally:
+        pool.close()
+
+
 def test_hanging_dying_and_raising_scorers_cost_one_reward_each(pool):
     groups = [group("a", ["good", "hang", "bad"]), group("b", ["die", "good", "raise"])]
     begin_s = time.monotonic()
@@ -133,9 +146,9 @@ def test_hanging_dying_and_raising_scorers_cost_one_reward_each(pool):
 
 
 def test_a_signal_to_all_processes_of_a_job_costs_no_reward(pool):
-    groups = [group("a", ["signal"])]
+    groups = [group("a", ["signal", "die", "good"])]
     submit(pool, groups)
-    assert pool.collect(groups)[0].rewards == (1.0,)
+    assert pool.collect(groups)[0].rewards == (1.0, 0.0, 1.0)
 
 
 def test_scorers_that_eat_leak_print_or_return_no_number(capfd):

@@ -2,7 +2,6 @@
 
 import logging
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -17,6 +16,7 @@ from tlt.types import Prompt, Rollout, RolloutGroup
 
 logger = logging.getLogger(__name__)
 
+ZYGOTE = "tlt.rewards.zygote"
 SCORINGS_PER_PROCESS = 10_000
 """Then it is replaced: what leaks does not grow for ever."""
 
@@ -27,10 +27,12 @@ class RewardPool:
     def __init__(self, config: RewardConfig, *, scorer: Callable[[dict, str], float] = score):
         self.config = config
         self.scorer = scorer
-        # spawn: a forked child would inherit the engine's threads and locks.
+        # A child forked from this process would inherit the engine's threads and locks.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([ZYGOTE])
         self.pool = ProcessPool(
             max_workers=config.workers, max_tasks=SCORINGS_PER_PROCESS, initializer=enter,
-            initargs=[config.memory_mib, os.getpid()], context=multiprocessing.get_context("spawn"),
+            initargs=[config.memory_mib], context=context,
         )  # fmt: skip
         self.pending: dict[tuple[str, int], tuple[ProcessFuture, tuple[dict, str]]] = {}
         self._stats: dict[str, float] = {}

@@ -1,27 +1,23 @@
 """Inside a scoring process: what a scorer prints goes nowhere, its memory is limited, it returns a number."""
 
-import ctypes
 import math
 import os
 import resource
 import signal
 from collections.abc import Callable
 
+from tlt.rewards import zygote
+
 OUT_OF_MEMORY = 71
 """Exit status of a process that reached its limit: it may be full of what earlier scorings left."""
 
 
-PR_SET_PDEATHSIG = 1
-"""Of prctl(2): a signal for when the parent is gone."""
-
-
-def enter(memory_mib: int, parent: int) -> None:
-    """At the beginning of the process, which ends with its `parent` however that ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
+def enter(memory_mib: int) -> None:
+    """At the beginning of the process: it was forked from the zygote and ends with it, as that does with the rank."""
+    zygote.end_with_parent()
+    if os.getppid() != zygote.PID:  # it ended before
         os._exit(0)
-    # A cluster signals all processes of a job; its ranks finish what they are at before they stop, and need scores.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool's; SIGUSR1 stays ignored
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
