@@ -55,6 +55,11 @@ def strike(model: Path, save: Path, fault: str, **overrides) -> dict:
     }  # fmt: skip
 
 
+def fault_is_late(point: str, rank: str) -> bool:
+    """Whether rank 0 may have committed the checkpoint by then."""
+    return point == "save_commit" and rank != "0"
+
+
 def check(ended: dict) -> None:
     """It ended, said why, and lost the current iteration at most."""
     kind, _, place = ended["fault"].partition("@")
@@ -62,7 +67,8 @@ def check(ended: dict) -> None:
     output = ended["output"]
     assert ended["status"] not in (0, None), output[-3000:]
     assert f"injected fault at {point}, iteration {ended['iteration']}: {kind}" in output
-    assert ended["lost_iterations"] == 1, "the current one"
+    # Where another rank than the one that commits is struck at the commit, the iteration may be there whole.
+    assert ended["lost_iterations"] in ((0, 1) if fault_is_late(point, rank) else (1,)), "the current one at most"
     if kind in CAUSES:
         phase = {"optimizer_step": "update", "save_commit": "save"}.get(point, point)
         said = f"rank {rank} failed in {phase} of iteration {ended['iteration']}: "
@@ -120,7 +126,7 @@ def test_a_run_survives_every_point_on_every_rank(tiny_models, undisturbed, tmp_
             ended = strike(model, save, f"{kind}@{point}/{rank}")
             write_result(tmp_path, ended)
             check(ended)
-    assert last_iteration(save) == NUM_ITERATIONS - 1
+    assert last_iteration(save) in (NUM_ITERATIONS - 1, NUM_ITERATIONS)
     records = finished(model, save, NUM_ITERATIONS)
     assert records == undisturbed[: len(records)]
 
@@ -150,22 +156,21 @@ def test_what_happens_to_the_drafter_does_not_happen_to_the_policy(tmp_path):
     drafting = {
         "spec_drafter": write_head(tmp_path / "head", model), "spec_strategy": "eagle:3", "spec_hidden_states_mib": 16,
         "drafter_starts_per_step": 32, "rollout_max_response_tokens": 60,
+        "rl_prompts_per_iteration": 3, "rollout_max_num_seqs": 4,  # rank 0 has two groups, one after the other
     }  # fmt: skip
-    save, num_struck = tmp_path / "run", 0
+    save = tmp_path / "run"
     for fault in (
-        "exception@drafter_step/0", "out-of-memory@drafter_step/1", "disk-full@drafter_step/1",
-        "exception@spot_training/0", "sigkill@drafter_step/0", "exception@spot_publish/1", "sigkill@spot_publish/0",
+        "exception@drafter_step/1", "out-of-memory@drafter_step/1", "disk-full@drafter_step/1",
+        "exception@spot_training/1", "sigkill@drafter_step/1", "exception@spot_publish/1", "sigkill@spot_publish/0",
     ):  # fmt: skip
         ended = strike(model, save, fault, **drafting, spot_training="on")
         write_result(tmp_path, ended)
-        struck = f"iteration {ended['iteration']}: " in ended["output"] and "injected fault at" in ended["output"]
-        num_struck += struck  # a rank that had no tail has not trained
+        assert "injected fault at" in ended["output"], ended["output"][-3000:]
         is_survived = "sigkill" not in fault and ("drafter_step" in fault or "spot_training" in fault)
-        assert (ended["status"] == 0) == (is_survived or not struck), ended["output"][-3000:]
-        assert ended["lost_iterations"] <= 1
-        if struck and is_survived:
+        assert (ended["status"] == 0) == is_survived, ended["output"][-3000:]
+        assert ended["lost_iterations"] == (not is_survived)
+        if is_survived:
             assert "training of the drafter failed on rank" in ended["output"]
-    assert num_struck >= 3
     num_iterations = last_iteration(save) + 1
     on = finished(model, save, num_iterations, **drafting, spot_training="on")
     off = finished(model, tmp_path / "off", num_iterations, **drafting)

@@ -145,14 +145,14 @@ class SpotTraining:
             self.num_steps += 1
             self.trace.point("drafter_step")
 
-        with self.trace.span("spot_training", num_samples=len(samples)):
-            try:
+        try:
+            with self.trace.span("spot_training", num_samples=len(samples)):
                 self.learner.train(samples, should_stop=self._is_over, on_step=count)
-            except Exception:
-                # The one place where a failure is survived: speculation is never needed for a right result.
-                logger.exception("training of the drafter failed on rank %d; it goes on without", self.parallel.rank)
-                self.has_failed = True
-                self.num_steps = 0
+        except Exception:
+            # The one place where a failure is survived: speculation is never needed for a right result.
+            logger.exception("training of the drafter failed on rank %d; it goes on without", self.parallel.rank)
+            self.has_failed = True
+            self.num_steps = 0
         if self.num_steps == num_before:
             self.switch.observe_none(time.perf_counter() - begin_s)
         self.rank.on(Event.TRAINER_RAISED if self.has_failed else Event.TRAINING_ENDED)
