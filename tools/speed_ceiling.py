@@ -1,0 +1,105 @@
+"""How fast rollouts could be: the measured costs of a recording with drafts that always stand, or cost nothing.
+
+tools/speed_ceiling.py RECORDING [--ranks 2] [--stands 0.92] [--pass-ms 4] [--max-draft-tokens 8]
+
+RECORDING is of tools/bench_rollout.py --record, where --ranks neighbouring ranks belong together: a rollout lasts as
+long as the slowest. Each step takes the measured time of verifying so many tokens, every request advances by what its
+draft is expected to give, and the draft length is the best one for so many running requests. Not modelled: prompts,
+requests that differ. Prints a table; `measured` is what the recording's own policies came to in the steps that only
+decoded.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
+
+
+def decode_s(
+    lengths: Sequence[int], step_s: Callable[[int], float], *, stands: float, pass_s: float, longest: int
+) -> float:
+    """Seconds of one rank's rollout of responses of these lengths, their first tokens being there.
+
+    A draft token stands with probability `stands` where all before it do; `step_s` of verified tokens; each draft
+    token takes a pass; no draft is longer than `longest`.
+    """
+    left, seconds = [float(length - 1) for length in lengths if length > 1], 0.0
+    gains = [sum(stands**depth for depth in range(count + 1)) for count in range(longest + 1)]
+    while left:
+        costs = [step_s(len(left) * (count + 1)) + count * pass_s for count in range(longest + 1)]
+        best = max(range(longest + 1), key=lambda count: gains[count] / costs[count])
+        seconds += costs[best]
+        left = [tokens - gains[best] for tokens in left if tokens > gains[best]]
+    return seconds
+
+
+def ratios(plain: Sequence[float], other: Sequence[float], *, num_ranks: int) -> tuple[float, float]:
+    """(median of rollouts, of sums): how many times as fast as plain, a rollout being its slowest rank."""
+    first, second = (
+        [max(times[begin : begin + num_ranks]) for begin in range(0, len(times), num_ranks)]
+        for times in (plain, other)
+    )
+    return statistics.median(a / b for a, b in zip(first, second, strict=True)), sum(first) / sum(second)
+
+
+def rows(
+    recorded: Sequence, *, num_ranks: int, stands: float, pass_s: float, longest: int
+) -> list[tuple[str, float, float]]:
+    """(what is assumed, x plain in the median, of sums)."""
+    from tlt.spec.cost_model import Curve
+
+    steps = Curve(window=None)
+    for rollout in recorded:
+        for step in rollout.steps:
+            steps.observe(step.num_verified, step.verify_s)
+    policies: dict[str, list] = {}
+    for rollout in recorded:
+        policies.setdefault(rollout.policy, []).append(rollout)
+    lengths = [rollout.response_tokens for rollout in next(iter(policies.values()))]  # all policies drew the same
+    seconds = {size: steps.seconds(size) for size in range(1, 1 + max(map(len, lengths)) * (longest + 1))}
+
+    def times(**assumed: float) -> list[float]:
+        values = {"stands": 1.0, "pass_s": 0.0, "longest": longest} | assumed
+        return [decode_s(own, seconds.__getitem__, **values) for own in lengths]
+
+    plain = times(longest=0)
+    assumed = {
+        "every draft stands, drafts are free": times(),
+        f"{stands:g} of a token stands, drafts are free": times(stands=stands),
+        f"{stands:g} of a token stands, {1e3 * pass_s:g} ms a pass": times(stands=stands, pass_s=pass_s),
+        **{
+            f"measured, {policy}": [sum(step.seconds for step in rollout.steps) for rollout in own]
+            for policy, own in policies.items()
+        },
+    }  # fmt: skip
+    return [(name, *ratios(plain, other, num_ranks=num_ranks)) for name, other in assumed.items()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recording", type=Path, metavar="RECORDING", help="file of tools/bench_rollout.py --record")
+    parser.add_argument("--ranks", type=int, default=2, help="of a rollout (default: 2)")
+    parser.add_argument("--stands", type=float, default=0.92, help="probability of a draft token (default: 0.92)")
+    parser.add_argument("--pass-ms", type=float, default=4.0, help="of a draft token (default: 4)")
+    parser.add_argument("--max-draft-tokens", type=int, default=8, help="of a request and step (default: 8)")
+    args = parser.parse_args()
+    from tlt.spec.recording import read_recording
+
+    try:
+        recorded = read_recording(args.recording, "RECORDING")
+    except ValueError as error:
+        parser.error(str(error))
+    found = rows(
+        recorded, num_ranks=args.ranks, stands=args.stands, pass_s=args.pass_ms / 1e3, longest=args.max_draft_tokens
+    )  # fmt: skip
+    print("| assumed | x plain, median | of sums |\n|---|---|---|")
+    for name, median, of_sums in found:
+        print(f"| {name} | {median:.2f} | {of_sums:.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
