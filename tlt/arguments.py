@@ -51,8 +51,8 @@ def flag_name(part: str, field: str) -> str:
     return "--" + (field if part in MEGATRON_GROUPS else f"{part}_{field}").replace("_", "-")
 
 
-def add_config_group(parser: argparse.ArgumentParser, part: str, cls: type) -> None:
-    """Add one argparse group with a flag for every field of `cls`."""
+def add_config_group(parser: argparse.ArgumentParser, part: str, cls: type, **defaults: object) -> None:
+    """Add one argparse group with a flag for every field of `cls`; `defaults` take the place of some fields' own."""
     group = parser.add_argument_group(title=part, description=inspect.cleandoc(cls.__doc__))
     docs, hints = field_docs(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -63,8 +63,8 @@ def add_config_group(parser: argparse.ArgumentParser, part: str, cls: type) -> N
         if field.default is dataclasses.MISSING:
             kwargs["required"] = True
         else:
-            kwargs["default"] = field.default
-            kwargs["help"] += f" (default: {field.default})"
+            kwargs["default"] = defaults.get(field.name, field.default)
+            kwargs["help"] += f" (default: {kwargs['default']})"
         group.add_argument(flag_name(part, field.name), **kwargs)
 
 

@@ -48,6 +48,7 @@ def paths_of(head, sample, seed: int, *, target, depth: int) -> dict[str, list[t
     import torch
 
     from tlt.drafter.batch import pack, whole
+    from tlt.drafter.losses import readout
     from tlt.drafter.unroll import unroll
     from tlt.spec.race import RARE, arrival_times
     from tlt.spec.randomness import TOKEN
@@ -57,7 +58,7 @@ def paths_of(head, sample, seed: int, *, target, depth: int) -> dict[str, list[t
     ids = torch.arange(len(target.output_weight)) if head.draft_token_ids is None else head.draft_token_ids
     ranks = {kind: torch.zeros(num_starts, depth, dtype=torch.int64) for kind in ("coupled", "one-hot")}
     for index, step in enumerate(unroll(head, batch, target.embedding, num_depths=depth)):
-        probs = (step.output @ target.output_weight.T / target.temperature).softmax(1).double()
+        probs = readout(step.output, target.output_weight, temperature=target.temperature).softmax(1).double()
         position = batch.row_position_ids[step.rows] + 2
         token = sample.token_ids.long()[position]
         column = torch.searchsorted(ids, token).clamp(max=len(ids) - 1)

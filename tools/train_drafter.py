@@ -7,8 +7,7 @@ Responses come from the rollout engine with its hidden-state tap, so there is no
 share of the time, training the rest. Under torchrun each rank generates with an engine of its own and all train one
 head together. Held-out prompts are answered too and not trained on: acceptance on them goes to standard error and to
 training.json beside the head. The head drafts in this project's engine (--spec-drafter), and in stock vLLM with method
-`eagle`, where it may draft all tokens (docs/drafter.md); one with --aux-layers in this project's alone. Micro-steps are
-long unless told otherwise (--drafter-micro-step-ms 5000): nothing interrupts them here.
+`eagle`, where it may draft all tokens (docs/drafter.md); one with --aux-layers in this project's alone.
 """
 
 import argparse
@@ -62,8 +61,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--hidden-states-mib", type=int, default=4096, help="of each rank (default: 4096)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: bfloat16")
     parser.add_argument("--seed", type=int, default=1, help="default: 1")
-    add_config_group(parser, "drafter", DrafterConfig)
-    parser.set_defaults(**{"drafter.micro_step_ms": MICRO_STEP_MS})
+    add_config_group(parser, "drafter", DrafterConfig, micro_step_ms=MICRO_STEP_MS)
     return parser
 
 

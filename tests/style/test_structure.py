@@ -27,7 +27,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "provenance": {"config", "arguments"},
     "rl": BASE | {"metrics"},
     "data": BASE,
-    "rewards": BASE,
+    "rewards": BASE | {"data"},
     "parallel": {"config"},
     "policy": BASE | {"metrics", "trace", "parallel", "rl"},
     "weight_sync": BASE | {"trace", "parallel", "protocols"},

@@ -23,6 +23,7 @@ from tests.unit.drafter_cases import (
     with_aux_states,
 )  # fmt: skip
 from tlt.config import DrafterConfig
+from tlt.drafter import trainer
 from tlt.drafter.batch import Piece, cut, micro_batches, pack, shuffled_steps, starts_of, whole
 from tlt.drafter.losses import LossWeights, drafter_loss, target_distribution
 from tlt.drafter.trainer import MIN_MICRO_STEP_STARTS, Target
@@ -323,7 +324,8 @@ def test_bad_settings_are_refused_by_their_flag():
             DrafterConfig(**{name: value})
 
 
-def test_products_in_bfloat16_teach_the_same_and_leave_weights_in_float32():
+def test_products_in_bfloat16_teach_the_same_and_leave_weights_in_float32(monkeypatch):
+    monkeypatch.setattr(trainer, "multiplies_in", lambda dtype, device: True)
     full, half = make_trainer(), make_trainer(dtype=torch.bfloat16)
     for _ in range(20):
         expected, found = full.step(PIECES), half.step(PIECES)
@@ -332,3 +334,12 @@ def test_products_in_bfloat16_teach_the_same_and_leave_weights_in_float32():
     assert expected["kl"] < 1.2, "it learned"
     assert {tensor.dtype for tensor in half.published().values()} == {torch.float32}
     assert {state["exp_avg"].dtype for state in half.optimizer.state.values()} == {torch.float32}
+
+
+def test_a_cpu_that_would_emulate_bfloat16_multiplies_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert make_trainer(dtype=torch.bfloat16).dtype == torch.float32
+    assert trainer.multiplies_in(torch.bfloat16, torch.device("cuda"))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert make_trainer(dtype=torch.bfloat16).dtype == torch.bfloat16

@@ -21,7 +21,7 @@ def save(number, frame):
     sys.exit(int(sys.argv[3]))
 ignored = [name for name in ("SIGUSR1", "SIGTERM") if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN]
 signal.signal(signal.SIGUSR1, save)
-seen = {name: value for name, value in os.environ.items() if name.startswith("PET_")}
+seen = {name: value for name, value in os.environ.items() if name.startswith(("PET_", "TORCH_"))}
 partial = folder / f"node{os.environ['SLURM_NODEID']}.tmp"
 partial.write_text(json.dumps(seen | {"ignored": ignored, "flags": sys.argv[4:]}))
 partial.rename(partial.with_suffix(".json"))
@@ -60,6 +60,7 @@ def test_all_nodes_meet_at_the_first_one(tmp_path):
     assert first["PET_RDZV_ENDPOINT"].startswith("127.0.0.1:2")
     assert first["PET_RDZV_ID"] == second["PET_RDZV_ID"]
     assert (first["PET_NNODES"], first["PET_NPROC_PER_NODE"], first["PET_MAX_RESTARTS"]) == ("2", "1", "4")
+    assert first["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1", "or a node that comes back never meets the others"
     assert [each["PET_RDZV_CONF"] for each in (first, second)] == ["is_host=1", "is_host=0"]
     assert first["flags"] == ["--train-iters", "7"]
     assert first["ignored"] == ["SIGUSR1", "SIGTERM"], "or torchrun would end before its ranks have saved"

@@ -11,6 +11,7 @@ import torch
 
 from tests.unit.drafter_cases import make_sample, make_target, make_trainer
 from tlt.config import DrafterConfig, SpotConfig
+from tlt.drafter import trainer
 from tlt.drafter.buffer import HiddenStateBuffer
 from tlt.drafter.learner import HeadLearner
 from tlt.spot.board import TailBoard
@@ -273,6 +274,21 @@ def test_a_score_is_the_expected_number_of_accepted_tokens_and_rises_with_traini
     before = {name: parameter.detach().clone() for name, parameter in better.trainer.parameters.items()}
     better.scores(SAMPLES, live=live)
     assert all(torch.equal(before[name], p.detach()) for name, p in better.trainer.parameters.items())
+
+
+def test_a_policy_in_bfloat16_is_judged_as_one_in_float32(monkeypatch):
+    monkeypatch.setattr(trainer, "multiplies_in", lambda dtype, device: True)
+    target = make_target()
+    half = HeadLearner(
+        make_trainer().head, DrafterConfig(num_depths=3), seed=1, temperature=0.8,
+        target=lambda: (target.embedding.bfloat16(), target.output_weight),
+    )  # fmt: skip
+    assert half.trainer.dtype == torch.bfloat16
+    full = make_learner()
+    expected = full.score(SAMPLES, full.published())
+    found = half.score(SAMPLES, full.published())
+    assert not torch.equal(found, expected), "or it was not bfloat16"
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
 
 
 def test_nothing_to_train_on_returns_at_once():

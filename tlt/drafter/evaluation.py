@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tlt.drafter.batch import pack, whole
-from tlt.drafter.losses import target_distribution
+from tlt.drafter.losses import readout, target_distribution
 from tlt.drafter.model import EagleHead
 from tlt.drafter.trainer import Target
 from tlt.drafter.unroll import unroll
@@ -142,7 +142,7 @@ class _Drafts:
         ids = torch.arange(len(weight)) if head.draft_token_ids is None else head.draft_token_ids
         ids, token_ids = ids.to(weight.device), text.sample.token_ids.long().to(weight.device)
         for index, depth in enumerate(unroll(head, batch, target.embedding, num_depths=num_draft_tokens)):
-            probs = (depth.output @ weight.T / temperature).softmax(1)
+            probs = readout(depth.output, weight, temperature=temperature).softmax(1)
             position = batch.row_position_ids[depth.rows] + 2  # of the token that is drafted
             token, starts = token_ids[position], depth.starts.cpu()
             self.one_hot[starts, index] = (ids[probs.argmax(1)] == token).cpu()

@@ -101,12 +101,14 @@ class HeadLearner:
             target_probs = target_distribution(
                 batch.target_hidden_states, target.output_weight, temperature=self.temperature
             ).probs
-            depths = unroll(self.trainer.head, batch, target.embedding, num_depths=num_depths)
+            depths = [
+                (depth, readout(depth.output, target.output_weight, temperature=self.temperature).softmax(1))
+                for depth in unroll(self.trainer.head, batch, target.embedding, num_depths=num_depths)
+            ]
         stands = torch.ones(len(batch.starts))
         totals = torch.zeros(len(pieces), dtype=torch.float64)
         owner = torch.arange(len(pieces)).repeat_interleave(torch.tensor(batch.num_starts))
-        for depth in depths:
-            draft_probs = readout(depth.output.float(), target.output_weight, temperature=self.temperature).softmax(1)
+        for depth, draft_probs in depths:
             starts = depth.starts.cpu()
             stands[starts] *= torch.minimum(target_probs[depth.rows], draft_probs).sum(1).cpu()
             totals.index_add_(0, owner[starts], stands[starts].double())

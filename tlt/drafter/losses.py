@@ -37,7 +37,7 @@ class TargetDistribution:
 
 
 def readout(hidden: torch.Tensor, output_weight: torch.Tensor, *, temperature: float) -> torch.Tensor:
-    """Logits [N, V_draft] in float32, also where the product itself is of fewer bits (autocast)."""
+    """Logits [N, V_draft], float32 from here on, also where the product was one of bfloat16 (autocast)."""
     return (hidden @ output_weight.T).float() / temperature
 
 
