@@ -40,14 +40,17 @@ def small(model: Path, save: Path, **overrides) -> list[str]:
     return runs.flags(model, save, **(values | overrides))
 
 
-def strike(model: Path, save: Path, fault: str, **overrides) -> dict:
-    """One start that completes an iteration and that a fault strikes in the next one; what became of it."""
+def strike(model: Path, save: Path, fault: str, ranks: str = "", **overrides) -> dict:
+    """One start that completes an iteration and that a fault strikes in the next one; what became of it. `fault` ends
+    in its rank, unless `ranks` names several, the first of which to come there is struck."""
     iteration = last_iteration(save) + 2
-    place, _, rank = fault.rpartition("/")
+    place, _, rank = fault.rpartition("/") if not ranks else (fault, "", ranks)
     begin_s = time.monotonic()
-    process = runs.ForkedRun(
-        "pretrain_rl", small(model, save, train_iters=iteration, fault=f"{place}/{iteration}/{rank}", **overrides)
-    )
+    flags = [
+        *small(model, save, train_iters=iteration, **overrides),
+        "--fault", *(f"{place}/{iteration}/{each}" for each in rank.split(",")),
+    ]  # fmt: skip
+    process = runs.ForkedRun("pretrain_rl", flags)
     output = runs.finish(process, timeout_s=1500)
     return {
         "fault": fault, "iteration": iteration, "status": process.returncode, "seconds": time.monotonic() - begin_s,
@@ -156,14 +159,14 @@ def test_what_happens_to_the_drafter_does_not_happen_to_the_policy(tmp_path):
     drafting = {
         "spec_drafter": write_head(tmp_path / "head", model), "spec_strategy": "eagle:3", "spec_hidden_states_mib": 16,
         "drafter_starts_per_step": 32, "rollout_max_response_tokens": 60,
-        "rl_prompts_per_iteration": 3, "rollout_max_num_seqs": 4,  # rank 0 has two groups, one after the other
+        "rl_prompts_per_iteration": 3, "rollout_max_num_seqs": 4,  # one rank has two groups, one after the other
     }  # fmt: skip
     save = tmp_path / "run"
     for fault in (
-        "exception@drafter_step/1", "out-of-memory@drafter_step/1", "disk-full@drafter_step/1",
-        "exception@spot_training/1", "sigkill@drafter_step/1", "exception@spot_publish/1", "sigkill@spot_publish/0",
+        "exception@drafter_step", "out-of-memory@drafter_step", "disk-full@drafter_step", "exception@spot_training",
+        "sigkill@drafter_step", "exception@spot_publish", "sigkill@spot_publish",
     ):  # fmt: skip
-        ended = strike(model, save, fault, **drafting, spot_training="on")
+        ended = strike(model, save, fault, ranks="0,1", **drafting, spot_training="on")
         write_result(tmp_path, ended)
         assert "injected fault at" in ended["output"], ended["output"][-3000:]
         is_survived = "sigkill" not in fault and ("drafter_step" in fault or "spot_training" in fault)

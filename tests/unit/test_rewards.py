@@ -72,6 +72,8 @@ def test_extraction_takes_the_last_answer():
 def scripted(answer: dict, response: str) -> float:
     if response == "hang":
         time.sleep(60)
+    if response == "libraries":
+        return float({"math_verify", "reasoning_gym"} <= sys.modules.keys())
     if response == "die":
         os._exit(3)
     if response == "signal":
@@ -98,8 +100,8 @@ LEAKED: list[bytes] = []
 WRONG = {"nan": float("nan"), "infinite": float("inf"), "none": None, "text": "1.0", "huge": "9" * 10**6}
 
 
-def group(name: str, texts: list[str], answer: dict | None = None) -> RolloutGroup:
-    prompt = Prompt(prompt_id=name, source="s", token_ids=(1,), text="", answer=answer or {})
+def group(name: str, texts: list[str]) -> RolloutGroup:
+    prompt = Prompt(prompt_id=name, source="s", token_ids=(1,), text="", answer={})
     rollouts = tuple(
         Rollout(
             token_ids=(1,), logprobs=(-1.0,), text=text, finish_reason="stop", policy_version=0, sample_index=index
@@ -122,15 +124,11 @@ def submit(pool: RewardPool, groups: list[RolloutGroup]) -> None:
             pool.submit(item.prompt, index, rollout)
 
 
-def test_a_fresh_process_does_not_pay_for_its_imports_with_a_time_limit():
-    """They take seconds: with this limit no response was scored, each one's process being ended while it imported."""
-    pool = RewardPool(RewardConfig(timeout_s=1.0))
-    try:
-        groups = [group(str(index), ["8"], answer=SUM) for index in range(3)]
-        submit(pool, groups)
-        assert [item.rewards for item in pool.collect(groups)] == [(1.0,)] * 3
-    finally:
-        pool.close()
+def test_a_fresh_process_has_the_libraries_before_a_response_comes(pool):
+    """Imported with it they would take seconds of its time limit, and after a hang of the next one's."""
+    groups = [group("a", ["libraries", "hang", "libraries"])]
+    submit(pool, groups)
+    assert pool.collect(groups)[0].rewards == (1.0, 0.0, 1.0)
 
 
 def test_hanging_dying_and_raising_scorers_cost_one_reward_each(pool):
@@ -238,6 +236,15 @@ def test_abandoned_responses_are_forgotten(pool):
 
 def test_scoring_needs_no_engine_and_no_torch():
     code = "import sys, tlt.rewards.scoring; sys.exit('torch' in sys.modules or 'vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_rank_keeps_its_signals_and_imports_no_libraries_of_scorers():
+    code = (
+        "import signal, sys, tlt.rewards.pool\n"
+        "found = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)]\n"
+        "sys.exit(found != [signal.SIG_DFL] * 2 or 'reasoning_gym' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-OF_HASH_SEED = frozenset({"isomorphic_strings", "ransom_note"})
+OF_HASH_SEED = frozenset({"isomorphic_strings", "polynomial_multiplication", "ransom_note"})
 """Tasks that draw from a set of strings, whose order differs from process to process: no other has their problems."""
 
 

@@ -6,14 +6,14 @@ import resource
 import signal
 from collections.abc import Callable
 
-from tlt.rewards import zygote
-
 OUT_OF_MEMORY = 71
 """Exit status of a process that reached its limit: it may be full of what earlier scorings left."""
 
 
 def enter(memory_mib: int) -> None:
     """At the beginning of the process: it was forked from the zygote and ends with it, as that does with the rank."""
+    from tlt.rewards import zygote  # in the process that this one was forked from; a rank must not import it
+
     zygote.end_with_parent()
     if os.getppid() != zygote.PID:  # it ended before
         os._exit(0)
