@@ -49,12 +49,9 @@ def rows(
     recorded: Sequence, *, num_ranks: int, stands: float, pass_s: float, longest: int
 ) -> list[tuple[str, float, float]]:
     """(what is assumed, x plain in the median, of sums)."""
-    from tlt.spec.cost_model import Curve
+    from tlt.spec.step_model import fit_model
 
-    steps = Curve(window=None)
-    for rollout in recorded:
-        for step in rollout.steps:
-            steps.observe(step.num_verified, step.verify_s)
+    steps = fit_model(recorded).steps
     policies: dict[str, list] = {}
     for rollout in recorded:
         policies.setdefault(rollout.policy, []).append(rollout)

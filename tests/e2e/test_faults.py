@@ -40,15 +40,15 @@ def small(model: Path, save: Path, **overrides) -> list[str]:
     return runs.flags(model, save, **(values | overrides))
 
 
-def strike(model: Path, save: Path, fault: str, ranks: str = "", **overrides) -> dict:
+def strike(model: Path, save: Path, fault: str, **overrides) -> dict:
     """One start that completes an iteration and that a fault strikes in the next one; what became of it. `fault` ends
-    in its rank, unless `ranks` names several, the first of which to come there is struck."""
+    in its rank, or in several with commas between them: whichever comes there is struck."""
     iteration = last_iteration(save) + 2
-    place, _, rank = fault.rpartition("/") if not ranks else (fault, "", ranks)
+    place, _, ranks = fault.rpartition("/")
     begin_s = time.monotonic()
     flags = [
         *small(model, save, train_iters=iteration, **overrides),
-        "--fault", *(f"{place}/{iteration}/{each}" for each in rank.split(",")),
+        "--fault", *(f"{place}/{iteration}/{rank}" for rank in ranks.split(",")),
     ]  # fmt: skip
     process = runs.ForkedRun("pretrain_rl", flags)
     output = runs.finish(process, timeout_s=1500)
@@ -166,7 +166,7 @@ def test_what_happens_to_the_drafter_does_not_happen_to_the_policy(tmp_path):
         "exception@drafter_step", "out-of-memory@drafter_step", "disk-full@drafter_step", "exception@spot_training",
         "sigkill@drafter_step", "exception@spot_publish", "sigkill@spot_publish",
     ):  # fmt: skip
-        ended = strike(model, save, fault, ranks="0,1", **drafting, spot_training="on")
+        ended = strike(model, save, f"{fault}/0,1", **drafting, spot_training="on")
         write_result(tmp_path, ended)
         assert "injected fault at" in ended["output"], ended["output"][-3000:]
         is_survived = "sigkill" not in fault and ("drafter_step" in fault or "spot_training" in fault)

@@ -1,5 +1,7 @@
 """Problems of reasoning-gym: functions of (task, configuration, seed, index), so that any process can make them."""
 
+import functools
+import json
 import random
 from typing import Any
 
@@ -8,10 +10,16 @@ OF_HASH_SEED = frozenset({"isomorphic_strings", "polynomial_multiplication", "ra
 
 
 def make_dataset(task: str, config: dict[str, Any], seed: int):
-    """reasoning-gym's dataset. Raises TypeError, AssertionError or ValueError where it refuses the configuration."""
+    """reasoning-gym's dataset, kept: to be read only. Raises TypeError, AssertionError or ValueError where it refuses
+    the configuration."""
+    return _dataset(task, json.dumps(config, sort_keys=True), seed)
+
+
+@functools.lru_cache(maxsize=64)
+def _dataset(task: str, config_json: str, seed: int):
     import reasoning_gym
 
-    return reasoning_gym.create_dataset(task, seed=seed, **config)
+    return reasoning_gym.create_dataset(task, seed=seed, **json.loads(config_json))
 
 
 def make_item(dataset: Any, index: int) -> dict[str, Any]:

@@ -85,20 +85,17 @@ class ReasoningGymSource:
         self.task = task
         self.seed = derive_seed(seed, task, config)
         try:
-            self.dataset = make_dataset(task, self.config, self.seed)
+            self.block_size = len(make_dataset(task, self.config, self.seed))
         except (TypeError, AssertionError, ValueError) as error:  # its three ways to say so
             refused = f"{flag}: reasoning-gym:{task} refuses the configuration {self.config}"
             raise ValueError(f"{refused}: {error}") from None
-        self.block_size, self._block = len(self.dataset), 0
         if self.block_size < 1:
             raise ValueError(f"{flag}: the size of reasoning-gym:{task} must be at least 1, got {self.block_size}")
 
     def problem(self, position: int) -> Problem:
         block, index = divmod(position, self.block_size)
         seed = derive_seed(self.seed, block) if block else self.seed  # the first: as it was before there were others
-        if block != self._block:
-            self.dataset, self._block = make_dataset(self.task, self.config, seed), block
-        item = make_item(self.dataset, index)
+        item = make_item(make_dataset(self.task, self.config, seed), index)
         answer = {
             "kind": "reasoning-gym", "task": self.task, "config": self.config, "seed": seed, "index": index,
         }  # fmt: skip

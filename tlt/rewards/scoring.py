@@ -1,7 +1,5 @@
 """Scores one response; runs in the processes of the reward pool, so it imports no engine and no torch."""
 
-import functools
-import json
 import re
 
 from tlt.data.procedural import make_dataset, make_item
@@ -17,14 +15,9 @@ def score(answer: dict, response: str) -> float:
     return {"reasoning-gym": score_reasoning_gym, "math": score_math}[answer["kind"]](answer, response)
 
 
-@functools.lru_cache(maxsize=64)
-def _dataset(task: str, config_json: str, seed: int):
-    return make_dataset(task, json.loads(config_json), seed)
-
-
 def score_reasoning_gym(answer: dict, response: str) -> float:
     """Exact score of the task's own verifier; the problem is made again from (task, configuration, seed, index)."""
-    dataset = _dataset(answer["task"], json.dumps(answer["config"], sort_keys=True), answer["seed"])
+    dataset = make_dataset(answer["task"], answer["config"], answer["seed"])
     entry = make_item(dataset, answer["index"])
     extracted = extract(response, entry["answer"])
     return exact_score(dataset.score_answer(extracted, entry))
