@@ -1,5 +1,7 @@
 """Scoring is exact; whatever a scorer does, the run goes on."""
 
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import signal
@@ -111,6 +113,17 @@ def group(name: str, texts: list[str]) -> RolloutGroup:
     return RolloutGroup(prompt=prompt, rollouts=rollouts)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_fork_server():
+    """The zygote, as a rank has it: other tests of this process may have started a server for their ranks."""
+    server = multiprocessing.forkserver._forkserver
+    preload = server._preload_modules
+    server._stop()
+    yield
+    server._stop()
+    server.set_forkserver_preload(preload)
+
+
 @pytest.fixture
 def pool():
     pool = RewardPool(RewardConfig(timeout_s=1.0), scorer=scripted)
@@ -129,6 +142,30 @@ def test_a_fresh_process_has_the_libraries_before_a_response_comes(pool):
     groups = [group("a", ["libraries", "hang", "libraries"])]
     submit(pool, groups)
     assert pool.collect(groups)[0].rewards == (1.0, 0.0, 1.0)
+
+
+FOREIGN = """
+import multiprocessing, os
+from tests.unit.test_rewards import RewardConfig, RewardPool, group, scripted, submit
+if __name__ == "__main__":
+    other = multiprocessing.get_context("forkserver").Process(target=os.getpid)
+    other.start()
+    other.join()
+    pool = RewardPool(RewardConfig(timeout_s=1.0), scorer=scripted)
+    groups = [group("a", ["libraries", "hang", "libraries", "die", "good"])]
+    submit(pool, groups)
+    print(pool.collect(groups)[0].rewards)
+    pool.close()
+"""
+
+
+def test_a_fork_server_of_another_library_costs_no_reward(tmp_path):
+    (tmp_path / "foreign.py").write_text(FOREIGN)
+    ended = subprocess.run(
+        [sys.executable, str(tmp_path / "foreign.py")], capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert ended.stdout == "(1.0, 0.0, 1.0, 0.0, 1.0)\n", ended.stderr
 
 
 def test_hanging_dying_and_raising_scorers_cost_one_reward_each(pool):
