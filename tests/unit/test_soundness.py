@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from tlt.config import RLConfig
 from tlt.drafter.buffer import HiddenStateBuffer
 from tlt.rl.train_batch import build_train_batch
 from tlt.rollout.collector import check_versions
-from tlt.rollout.resources import own_resources, resource_metrics
+from tlt.rollout.resources import give_back_memory, own_resources, resource_metrics
 from tlt.types import Prompt, Rollout, RolloutGroup
 
 
@@ -103,3 +104,13 @@ def test_resources_are_those_of_this_process():
     metrics = resource_metrics([own, more])
     assert metrics["host/rss_mib_max"] == more.rss_bytes / 2**20
     assert metrics["host/history_mib"] == 1
+
+
+def test_unused_memory_between_things_that_live_on_goes_back():
+    pairs = [(np.ones(2**13), np.ones(2**7)) for _ in range(3200)]  # 64 and 1 KiB, one after the other
+    kept = [small for _, small in pairs]
+    full = own_resources(history_bytes=0).rss_bytes
+    del pairs
+    give_back_memory()
+    assert full - own_resources(history_bytes=0).rss_bytes > 100 * 2**20
+    assert len(kept) == 3200

@@ -18,6 +18,7 @@ from tlt.protocols import OnFinished, RolloutInterrupted
 from tlt.rollout.consolidation import Consolidation, NoConsolidation
 from tlt.rollout.outlook import NoOutlook, Outlook
 from tlt.rollout.placement import longest_first, place_groups
+from tlt.rollout.resources import give_back_memory
 from tlt.rollout.vllm import readback, shared_memory
 from tlt.rollout.vllm.drafting import speculative_config
 from tlt.rollout.vllm.graph_check import keep_one_schedule
@@ -363,10 +364,11 @@ class VLLMRolloutEngine:
             raise RuntimeError(f"after the weight sync the engine holds other values than the policy: {errors}")
 
     def sleep(self) -> None:
-        """Free weights and KV cache on GPU (the next sync sends all weights); a CPU shares one memory: nothing
-        moves."""
+        """Free weights and KV cache on GPU (the next sync sends all weights); a CPU shares one memory: nothing moves
+        there, and what is unused goes back to the machine."""
         if self.on_gpu and not self.is_asleep:
             self.llm.sleep(level=2)
+        give_back_memory()
         self.is_asleep = True
 
     def wake(self) -> None:
