@@ -4,7 +4,7 @@ import pytest
 
 from tlt.spec.recording import RecordedRollout
 from tlt.spec.strategy import DecodeStep, parse_strategy
-from tools.speed_ceiling import decode_s, ratios, rows
+from tools.speed_ceiling import decode_s, foreseen_s, ratios, rows
 
 
 def cost(base: float, each: float):
@@ -13,14 +13,24 @@ def cost(base: float, each: float):
 
 def test_perfect_free_drafts_give_a_step_for_as_many_tokens_as_are_drafted_and_one():
     alike = {"stands": 1.0, "pass_s": 0.0}
-    assert decode_s([19, 10], cost(1.0, 0.0), longest=0, **alike) == pytest.approx(18.0)
-    assert decode_s([19, 10], cost(1.0, 0.0), longest=8, **alike) == pytest.approx(2.0)
-    assert decode_s([19], cost(1.0, 0.0), longest=8, stands=1.0, pass_s=0.5) == pytest.approx(2 * (1 + 8 * 0.5))
+    assert decode_s([19, 10], cost(1.0, 0.0), counts=(0,), **alike) == pytest.approx(18.0)
+    assert decode_s([19, 10], cost(1.0, 0.0), counts=range(9), **alike) == pytest.approx(2.0)
+    assert decode_s([19], cost(1.0, 0.0), counts=range(9), stands=1.0, pass_s=0.5) == pytest.approx(2 * (1 + 8 * 0.5))
 
 
 def test_where_a_token_costs_as_much_as_a_step_nothing_is_drafted():
-    drafted = decode_s([30, 30, 5], cost(0.0, 1.0), stands=0.9, pass_s=0.0, longest=8)
-    assert drafted == pytest.approx(decode_s([30, 30, 5], cost(0.0, 1.0), stands=0.9, pass_s=0.0, longest=0))
+    drafted = decode_s([30, 30, 5], cost(0.0, 1.0), stands=0.9, pass_s=0.0, counts=range(9))
+    assert drafted == pytest.approx(decode_s([30, 30, 5], cost(0.0, 1.0), stands=0.9, pass_s=0.0, counts=(0,)))
+
+
+def test_foresight_pays_for_nothing_in_vain():
+    drafted = {"stands": 0.5, "pass_s": 1.0}
+    for seed in range(20):
+        assert foreseen_s([2], cost(1.0, 0.0), **drafted, longest=4, seed=seed) <= 1.0
+        known = foreseen_s([40, 40], cost(0.5, 0.5), **drafted, longest=4, seed=seed)
+        assert 39 <= known < decode_s([40, 40], cost(0.5, 0.5), **drafted, counts=(2,))
+    assert foreseen_s([19], cost(1.0, 0.0), stands=1.0, pass_s=0.0, longest=8, seed=1) == 2.0
+    assert foreseen_s([19], cost(1.0, 0.0), stands=0.0, pass_s=0.0, longest=8, seed=1) == 18.0
 
 
 def test_a_rollout_lasts_as_long_as_its_slowest_rank():
@@ -40,6 +50,8 @@ def test_a_recording_gives_costs_lengths_and_what_was_measured():
     assert found == {
         "every draft stands, drafts are free": 2.0,
         "0.5 of a token stands, drafts are free": pytest.approx(8 / 6),
-        "0.5 of a token stands, 250 ms a pass": pytest.approx(8 / (6 * 1.25)),
+        "0.5 of a token stands, 250 ms a pass, it is foreseen which": pytest.approx(1.25, abs=0.2),
+        "0.5 of a token stands, 250 ms a pass, best length for so many requests": pytest.approx(8 / (6 * 1.25)),
+        "0.5 of a token stands, 250 ms a pass, best single length": pytest.approx(8 / (6 * 1.25)),
         "measured, eagle:1": pytest.approx(8 / 5),
     }
