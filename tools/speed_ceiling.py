@@ -1,13 +1,14 @@
 """How fast rollouts could be: the measured costs of a recording with drafts that always stand, or cost nothing.
 
-tools/speed_ceiling.py RECORDING [--ranks 2] [--stands 0.92] [--pass-ms 4] [--max-draft-tokens 8]
+tools/speed_ceiling.py RECORDING [--ranks 2] [--stands 0.92] [--pass-ms MS] [--max-draft-tokens 8]
 
 RECORDING is of tools/bench_rollout.py --record, where --ranks neighbouring ranks belong together: a rollout lasts as
-long as the slowest. Each step takes the measured time of verifying so many tokens, every request advances by what its
-draft is expected to give, and the draft length is the best one for so many running requests; the best single length is
-that of the whole recording. Whoever foresees what stands makes no pass and verifies no token in vain: no choice of
-drafts for single requests can do better. Not modelled: prompts, requests that differ. Prints a table; `measured` is
-what the recording's own policies came to in the steps that only decoded.
+long as the slowest. Each step takes the measured time of verifying so many tokens, and of so many passes of the head
+at so many requests. Each token is drawn once to stand as a draft or not, the same for all rows of the table. Drafts
+have a single length, or the best one for the number of running requests; or it is foreseen which tokens will stand:
+then no other is verified, and there are as many passes as give most tokens a second. That is what no router can know;
+still it is greedy, and of one drafter, so no proof of what is impossible. Not modelled: prompts, requests that differ.
+Prints a table; `measured` is what the recording's own policies came to in the steps that only decoded.
 """
 
 import argparse
@@ -15,44 +16,76 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
 
+Seconds = Callable[[int], float]
+"""By size."""
+Choice = Callable[[Sequence[int], Sequence[int], Seconds, Seconds], list[int]]
+"""(drafts of each request that would stand, drafts that it has room for, seconds of a step, of a pass) -> drafts."""
+
+
+def free(size: int) -> float:
+    """Seconds of a pass that costs nothing."""
+    return 0.0
+
+
+def single(count: int, standing: Sequence[int], room: Sequence[int], step_s: Seconds, pass_s: Seconds) -> list[int]:
+    """Always so many, as far as there is room."""
+    return [min(count, own) for own in room]
+
+
+def best_for_batch(
+    stands: float, longest: int, standing: Sequence[int], room: Sequence[int], step_s: Seconds, pass_s: Seconds
+) -> list[int]:
+    """What gives most tokens a second if each token stands with probability `stands`."""
+    size = len(room)
+
+    def rate(count: int) -> float:
+        return sum(stands**depth for depth in range(count + 1)) / (step_s(size * (count + 1)) + count * pass_s(size))
+
+    return single(max(range(longest + 1), key=rate), standing, room, step_s, pass_s)
+
+
+def foreseen(
+    longest: int, standing: Sequence[int], room: Sequence[int], step_s: Seconds, pass_s: Seconds
+) -> list[int]:
+    """Only what stands, as deep as gives most tokens a second."""
+    size = len(room)
+    ways = [[min(depth, *own) for own in zip(standing, room, strict=True)] for depth in range(longest + 1)]
+
+    def rate(way: list[int]) -> float:
+        return (size + sum(way)) / (step_s(size + sum(way)) + max(way) * pass_s(size))
+
+    return max(ways, key=rate)
+
+
+def runs(length: int, *, stands: float, longest: int, seed: int) -> list[int]:
+    """[length] how many drafts behind each token would stand, `longest` or more counting as that."""
+    generator = random.Random(seed)
+    found = [longest]
+    for _ in range(length - 1):
+        found.append(min(found[-1] + 1, longest) if generator.random() < stands else 0)
+    return found[::-1]
+
 
 def decode_s(
-    lengths: Sequence[int], step_s: Callable[[int], float], *, stands: float, pass_s: float, counts: Sequence[int]
-) -> float:
-    """Seconds of one rank's rollout of responses of these lengths, their first tokens being there.
-
-    A draft token stands with probability `stands` where all before it do; `step_s` of verified tokens; each draft
-    token takes a pass; drafts are of one of these `counts` of tokens, the best one for each number of requests.
-    """
-    left, seconds = [float(length - 1) for length in lengths if length > 1], 0.0
-    gains = {count: sum(stands**depth for depth in range(count + 1)) for count in counts}
-    while left:
-        costs = {count: step_s(len(left) * (count + 1)) + count * pass_s for count in counts}
-        best = max(counts, key=lambda count: gains[count] / costs[count])
-        seconds += costs[best]
-        left = [tokens - gains[best] for tokens in left if tokens > gains[best]]
-    return seconds
-
-
-def foreseen_s(
-    lengths: Sequence[int], step_s: Callable[[int], float], *, stands: float, pass_s: float, longest: int, seed: int
-) -> float:
-    """The same where each step is known to come out as it does (drawn with `seed`): only what stands is verified, and
-    the number of passes is the best one for these outcomes."""
-    generator = random.Random(seed)
-    left, seconds = [length - 1 for length in lengths if length > 1], 0.0
-    while left:
-        outcomes = [next((n for n in range(longest) if generator.random() >= stands), longest) for _ in left]
-        ways = [[min(outcome, depth) for outcome in outcomes] for depth in range(longest + 1)]
-        costs = [step_s(len(left) + sum(way)) + max(way) * pass_s for way in ways]
-        best = max(range(longest + 1), key=lambda depth: (len(left) + sum(ways[depth])) / costs[depth])
-        seconds += costs[best]
-        left = [tokens - 1 - stood for tokens, stood in zip(left, ways[best], strict=True) if tokens > 1 + stood]
+    lengths: Sequence[int], step_s: Seconds, choose: Choice, *, stands: float = 1.0, pass_s: Seconds = free,
+    longest: int = 8, seed: int = 0,
+) -> float:  # fmt: skip
+    """Seconds of one rank's rollout of responses of these lengths, their first tokens being there."""
+    standing = [
+        runs(length, stands=stands, longest=longest, seed=1000 * seed + row) for row, length in enumerate(lengths)
+    ]
+    done, seconds = [1] * len(lengths), 0.0
+    while running := [row for row, length in enumerate(lengths) if done[row] < length]:
+        own = [standing[row][done[row] - 1] for row in running]
+        counts = choose(own, [lengths[row] - done[row] - 1 for row in running], step_s, pass_s)
+        seconds += step_s(len(running) + sum(counts)) + max(counts) * pass_s(len(running))
+        for row, count, stood in zip(running, counts, own, strict=True):
+            done[row] += 1 + min(count, stood)
     return seconds
 
 
@@ -66,36 +99,47 @@ def ratios(plain: Sequence[float], other: Sequence[float], *, num_ranks: int) ->
 
 
 def rows(
-    recorded: Sequence, *, num_ranks: int, stands: float, pass_s: float, longest: int
+    recorded: Sequence, *, num_ranks: int, stands: float, longest: int, pass_s: Seconds | None
 ) -> list[tuple[str, float, float]]:
-    """(what is assumed, x plain in the median, of sums)."""
+    """(what is assumed, x plain in the median, of sums). Raises ValueError without `pass_s` where no head drafted."""
     from tlt.spec.step_model import fit_model
+    from tlt.spec.strategy import HEADS
 
-    steps = fit_model(recorded).steps
+    model = fit_model(recorded)
+    if pass_s is None:
+        heads = [model.drafters[name] for name in HEADS if name in model.drafters]
+        if not heads:
+            raise ValueError("no rollout of the recording had a head alone: --pass-ms is needed")
+        pass_s = heads[0].passes.seconds
     policies: dict[str, list] = {}
     for rollout in recorded:
         policies.setdefault(rollout.policy, []).append(rollout)
     lengths = [rollout.response_tokens for rollout in next(iter(policies.values()))]  # all policies drew the same
-    seconds = {size: steps.seconds(size) for size in range(1, 1 + max(map(len, lengths)) * (longest + 1))}
+    largest = max(map(len, lengths))
+    steps = {size: model.steps.seconds(size) for size in range(1, 1 + largest * (longest + 1))}
+    passes = {size: pass_s(size) for size in range(1, 1 + largest)}
 
-    def times(**assumed: Any) -> list[float]:
-        values = {"stands": 1.0, "pass_s": 0.0, "counts": range(longest + 1)} | assumed
-        return [decode_s(own, seconds.__getitem__, **values) for own in lengths]
+    def times(choose: Choice, *, stands: float, pass_s: Seconds) -> list[float]:
+        return [
+            decode_s(own, steps.__getitem__, choose, stands=stands, pass_s=pass_s, longest=longest, seed=seed)
+            for seed, own in enumerate(lengths)
+        ]
 
-    plain = times(counts=(0,))
-    measured = {"stands": stands, "pass_s": pass_s}
-    foreseen = [
-        foreseen_s(own, seconds.__getitem__, **measured, longest=longest, seed=seed)
-        for seed, own in enumerate(lengths)
-    ]
-    single = [times(**measured, counts=(count,)) for count in range(longest + 1)]
-    as_measured = f"{stands:g} of a token stands, {1e3 * pass_s:g} ms a pass"
+    plain = times(partial(single, 0), stands=1.0, pass_s=free)
+    alike = {"stands": stands, "pass_s": passes.__getitem__}
+    singles = [times(partial(single, count), **alike) for count in range(longest + 1)]
     assumed = {
-        "every draft stands, drafts are free": times(),
-        f"{stands:g} of a token stands, drafts are free": times(stands=stands),
-        f"{as_measured}, it is foreseen which": foreseen,
-        f"{as_measured}, best length for so many requests": times(**measured),
-        f"{as_measured}, best single length": max(single, key=lambda one: ratios(plain, one, num_ranks=num_ranks)),
+        "every draft stands, drafts are free": times(partial(best_for_batch, 1.0, longest), stands=1.0, pass_s=free),
+        f"{stands:g} of a token stands, drafts are free": times(
+            partial(best_for_batch, stands, longest), stands=stands, pass_s=free
+        ),
+        f"{stands:g} of a token stands, it is foreseen which": times(partial(foreseen, longest), **alike),
+        f"{stands:g} of a token stands, best length for so many requests": times(
+            partial(best_for_batch, stands, longest), **alike
+        ),
+        f"{stands:g} of a token stands, best single length": max(
+            singles, key=lambda own: ratios(plain, own, num_ranks=num_ranks)
+        ),
         **{
             f"measured, {policy}": [sum(step.seconds for step in rollout.steps) for rollout in own]
             for policy, own in policies.items()
@@ -109,18 +153,19 @@ def main() -> int:
     parser.add_argument("recording", type=Path, metavar="RECORDING", help="file of tools/bench_rollout.py --record")
     parser.add_argument("--ranks", type=int, default=2, help="of a rollout (default: 2)")
     parser.add_argument("--stands", type=float, default=0.92, help="probability of a draft token (default: 0.92)")
-    parser.add_argument("--pass-ms", type=float, default=4.0, help="of a draft token (default: 4)")
+    parser.add_argument("--pass-ms", type=float, help="of a draft token (default: as the head's in the recording)")
     parser.add_argument("--max-draft-tokens", type=int, default=8, help="of a request and step (default: 8)")
     args = parser.parse_args()
     from tlt.spec.recording import read_recording
 
+    pass_s = None if args.pass_ms is None else lambda size: args.pass_ms / 1e3
     try:
-        recorded = read_recording(args.recording, "RECORDING")
+        found = rows(
+            read_recording(args.recording, "RECORDING"), num_ranks=args.ranks, stands=args.stands,
+            longest=args.max_draft_tokens, pass_s=pass_s,
+        )  # fmt: skip
     except ValueError as error:
         parser.error(str(error))
-    found = rows(
-        recorded, num_ranks=args.ranks, stands=args.stands, pass_s=args.pass_ms / 1e3, longest=args.max_draft_tokens
-    )  # fmt: skip
     print("| assumed | x plain, median | of sums |\n|---|---|---|")
     for name, median, of_sums in found:
         print(f"| {name} | {median:.2f} | {of_sums:.2f} |")

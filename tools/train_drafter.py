@@ -25,7 +25,7 @@ from tools.prompt_flags import add_prompt_flags, prompt_builder, prompt_stream  
 from tools.target_weights import make_target, read_rows  # noqa: E402
 
 MICRO_STEP_MS = 5000
-"""Nothing interrupts this training, and larger products are faster: an optimizer step is one, as far as possible."""
+"""Nothing interrupts this training, and larger products are faster: micro-steps are as large as they may be."""
 ROUND_FACTOR = 2
 """Requests of one round of generation for each that runs at a time: the last ones of a round run alone."""
 

@@ -19,7 +19,7 @@ def judged(live: float, gain: float, error: float = 0.001) -> Judgement:
     return Judgement(live=live, candidate=live + gain, error=error)
 
 
-def record_of(gains: list[float], *, error: float = 0.001, cost_frac: float = 0.0, **config) -> GainRecord:
+def record_of(gains: list[float], *, error: float = 0.001, cost_frac: float | None = 0.0, **config) -> GainRecord:
     """A training for each policy version from 0 on, none published."""
     record = GainRecord(**{"min_gain_frac": 0.002, **config})
     for version, gain in enumerate(gains):
@@ -84,6 +84,10 @@ def test_a_gain_must_exceed_its_error_and_its_price():
     found = judged(1.0, 0.02)
     dear.count(found, policy_version=2, cost_frac=LASTING * 0.02, num_steps=PATIENCE_STEPS)  # a very short rollout
     assert dear.is_due(3), "the mean of three meetings is paid for"
+    first = record_of([0.02], cost_frac=None)
+    for version in (1, 2):
+        first.count(found, policy_version=version, cost_frac=LASTING * 0.011, num_steps=PATIENCE_STEPS)
+    assert not first.is_due(3), "a first meeting whose price is not known yet is no cheap one"
     assert record_of([0.0] * 9, error=math.inf).is_due(9), "one response tells nothing: it is no reason to skip"
 
 

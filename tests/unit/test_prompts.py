@@ -40,8 +40,8 @@ def test_training_never_draws_a_held_out_question(tokenizer):
 MAKE_ONE_OF_EACH = """
 import hashlib, json
 from reasoning_gym.factory import DATASETS
-from tlt.data.procedural import OF_HASH_SEED, make_dataset, make_item
-for task in sorted(set(DATASETS) - OF_HASH_SEED - {"composite"}):  # which names no task of its own
+from tlt.data.procedural import REFUSED, make_dataset, make_item
+for task in sorted(DATASETS.keys() - REFUSED.keys() - {"composite"}):  # which names no task of its own
     items = [make_item(make_dataset(task, {"size": 4}, 5), index) for index in range(4)]
     print(task, hashlib.sha256(json.dumps([item["question"] for item in items]).encode()).hexdigest())
 """
@@ -62,8 +62,12 @@ def test_every_process_has_the_same_problems():
 
 
 def test_a_task_without_problems_of_its_own_is_refused():
-    with pytest.raises(ValueError, match="--data-train: reasoning-gym:ransom_note has other problems in each process"):
+    with pytest.raises(
+        ValueError, match="--data-train: reasoning-gym:ransom_note is refused: it has other problems in"
+    ):
         parse_source("reasoning-gym:ransom_note", "--data-train", seed=1)
+    with pytest.raises(ValueError, match="--data-train: reasoning-gym:codeio is refused: it runs programs"):
+        parse_source("reasoning-gym:codeio", "--data-train", seed=1)
     with pytest.raises(ValueError, match="--data-train: the size of reasoning-gym:gcd must be at least 1, got 0"):
         parse_source('reasoning-gym:gcd:{"size": 0}', "--data-train", seed=1)
 

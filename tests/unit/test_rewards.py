@@ -21,6 +21,7 @@ from tlt.rewards.scoring import extract, last_answer, score
 from tlt.types import Prompt, Rollout, RolloutGroup
 from tools.fuzz_graders import fuzz
 
+ROOT = str(Path(__file__).parents[2])
 SUM = {
     "kind": "reasoning-gym",
     "task": "chain_sum",
@@ -78,10 +79,14 @@ def scripted(answer: dict, response: str) -> float:
         return float({"math_verify", "reasoning_gym"} <= sys.modules.keys())
     if response == "die":
         os._exit(3)
+    if response == "forked":
+        from tlt.rewards import zygote
+
+        return float(os.getppid() == zygote.PID)
     if response == "signal":
         for process in (os.getpid(), os.getppid()):  # and the zygote, without which no one could be replaced
             os.kill(process, signal.SIGUSR1)
-        os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(process, signal.SIGTERM)
         response = "good"
     if response == "raise":
         raise ValueError("weird response")
@@ -117,11 +122,13 @@ def group(name: str, texts: list[str]) -> RolloutGroup:
 def own_fork_server():
     """The zygote, as a rank has it: other tests of this process may have started a server for their ranks."""
     server = multiprocessing.forkserver._forkserver
-    preload = server._preload_modules
-    server._stop()
+    names = ("_forkserver_pid", "_forkserver_alive_fd", "_forkserver_address", "_preload_modules")
+    others = {name: getattr(server, name) for name in names}
+    server._forkserver_pid = server._forkserver_alive_fd = server._forkserver_address = None
     yield
     server._stop()
-    server.set_forkserver_preload(preload)
+    for name, value in others.items():
+        setattr(server, name, value)
 
 
 @pytest.fixture
@@ -144,32 +151,42 @@ def test_a_fresh_process_has_the_libraries_before_a_response_comes(pool):
     assert pool.collect(groups)[0].rewards == (1.0, 0.0, 1.0)
 
 
-FOREIGN = """
-import multiprocessing, os
-from tests.unit.test_rewards import RewardConfig, RewardPool, group, scripted, submit
-if __name__ == "__main__":
+START_ANOTHER = """
     other = multiprocessing.get_context("forkserver").Process(target=os.getpid)
     other.start()
     other.join()
+"""
+SCORE = """
+import multiprocessing, os, sys
+sys.path.insert(0, {root!r})
+from tests.unit.test_rewards import RewardConfig, RewardPool, group, scripted, submit
+if __name__ == "__main__":
+{before}
     pool = RewardPool(RewardConfig(timeout_s=1.0), scorer=scripted)
-    groups = [group("a", ["libraries", "hang", "libraries", "die", "good"])]
+    groups = [group("a", ["libraries", "hang", "libraries", "die", "forked"])]
     submit(pool, groups)
     print(pool.collect(groups)[0].rewards)
     pool.close()
 """
 
 
-def test_a_fork_server_of_another_library_costs_no_reward(tmp_path):
-    (tmp_path / "foreign.py").write_text(FOREIGN)
+@pytest.mark.parametrize(
+    ("before", "rewards"), [("", "(1.0, 0.0, 1.0, 0.0, 1.0)"), (START_ANOTHER, "(1.0, 0.0, 1.0, 0.0, 0.0)")],
+    ids=["any folder", "a server of another library"],
+)  # fmt: skip
+def test_scorers_have_the_libraries_wherever_a_run_begins(before, rewards, tmp_path):
+    """They are forked from the zygote, which must find its module there; or from nothing, where it cannot be."""
+    (tmp_path / "score.py").write_text(SCORE.format(root=ROOT, before=before))
     ended = subprocess.run(
-        [sys.executable, str(tmp_path / "foreign.py")], capture_output=True, text=True, check=False, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        [sys.executable, "score.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
     )  # fmt: skip
-    assert ended.stdout == "(1.0, 0.0, 1.0, 0.0, 1.0)\n", ended.stderr
+    assert ended.stdout.strip() == rewards, ended.stderr
 
 
 def test_hanging_dying_and_raising_scorers_cost_one_reward_each(pool):
     groups = [group("a", ["good", "hang", "bad"]), group("b", ["die", "good", "raise"])]
+    submit(pool, [group("first", ["good"])])  # starts the processes
     begin_s = time.monotonic()
     submit(pool, groups)
     assert time.monotonic() - begin_s < 0.5, "submit returns at once"
@@ -182,6 +199,11 @@ def test_hanging_dying_and_raising_scorers_cost_one_reward_each(pool):
 
 def test_a_signal_to_all_processes_of_a_job_costs_no_reward(pool):
     groups = [group("a", ["signal", "die", "good"])]
+    submit(pool, groups)
+    assert pool.collect(groups)[0].rewards == (1.0, 0.0, 1.0)
+    for scorer in pool.pool._pool_manager.worker_manager.workers:  # which are idle
+        os.kill(scorer, signal.SIGTERM)
+    groups = [group("b", ["good", "hang", "good"])]
     submit(pool, groups)
     assert pool.collect(groups)[0].rewards == (1.0, 0.0, 1.0)
 
@@ -206,9 +228,11 @@ def test_scorers_that_eat_leak_print_or_return_no_number(capfd):
 
 
 ORPHAN = """
-import os, sys, time
+import multiprocessing, os, sys
+sys.path.insert(0, {root!r})
 from tests.unit.test_rewards import RewardConfig, RewardPool, group, scripted, submit
 if __name__ == "__main__":
+{before}
     pool = RewardPool(RewardConfig(), scorer=scripted)
     groups = [group("a", ["good", "hang"])]
     submit(pool, groups)
@@ -218,13 +242,11 @@ if __name__ == "__main__":
 """
 
 
-def test_a_scorer_ends_with_its_rank_however_that_ends(tmp_path):
-    (tmp_path / "orphan.py").write_text(ORPHAN)
-    ended = subprocess.run(
-        [sys.executable, str(tmp_path / "orphan.py")], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+@pytest.mark.parametrize("before", ["", START_ANOTHER], ids=["the zygote", "a server of another library"])
+def test_a_scorer_ends_with_its_rank_however_that_ends(before, tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN.format(root=ROOT, before=before))
+    ended = subprocess.run([sys.executable, "orphan.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 20
     while is_running(int(ended.stdout)):
         assert time.monotonic() < deadline, "the scorer sleeps on"

@@ -284,7 +284,12 @@ def test_a_policy_in_bfloat16_is_judged_as_one_in_float32(monkeypatch):
         target=lambda: (target.embedding.bfloat16(), target.output_weight),
     )  # fmt: skip
     assert half.trainer.dtype == torch.bfloat16
-    full = make_learner()
+    rounded = target.embedding.bfloat16().float()
+    full = HeadLearner(
+        make_trainer().head, DrafterConfig(num_depths=3), seed=1, temperature=0.8,
+        target=lambda: (rounded, target.output_weight),
+    )  # fmt: skip
+    assert full.trainer.dtype == torch.float32
     expected = full.score(SAMPLES, full.published())
     found = half.score(SAMPLES, full.published())
     assert not torch.equal(found, expected), "or it was not bfloat16"

@@ -5,8 +5,16 @@ import json
 import random
 from typing import Any
 
-OF_HASH_SEED = frozenset({"isomorphic_strings", "polynomial_multiplication", "ransom_note"})
-"""Tasks that draw from a set of strings, whose order differs from process to process: no other has their problems."""
+HASH_SEED = "has other problems in each process (PYTHONHASHSEED)"
+REFUSED = {
+    "isomorphic_strings": HASH_SEED,
+    "polynomial_multiplication": HASH_SEED,
+    "ransom_note": HASH_SEED,
+    "codeio": "runs programs of its data file, and has the problems of the last codeio that was made in a process",
+}
+"""Tasks whose problems are no function of (task, configuration, seed, index), and why."""
+KEPT_DATASETS = 16
+"""Positions are asked for in order, so a mixture needs one of each source; some hold a file of megabytes."""
 
 
 def make_dataset(task: str, config: dict[str, Any], seed: int):
@@ -15,7 +23,7 @@ def make_dataset(task: str, config: dict[str, Any], seed: int):
     return _dataset(task, json.dumps(config, sort_keys=True), seed)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=KEPT_DATASETS)
 def _dataset(task: str, config_json: str, seed: int):
     import reasoning_gym
 

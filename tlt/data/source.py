@@ -11,7 +11,7 @@ from random import Random
 from typing import Protocol
 
 from tlt.data.jsonl import is_text, numbered_lines, parse_object
-from tlt.data.procedural import OF_HASH_SEED, make_dataset, make_item
+from tlt.data.procedural import REFUSED, make_dataset, make_item
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,8 @@ class ReasoningGymSource:
         if task not in DATASETS:
             near = difflib.get_close_matches(task, DATASETS, n=3) or sorted(DATASETS)[:3]
             raise ValueError(f"{flag}: reasoning-gym has no task {task!r}; close to it: {', '.join(near)}")
-        if task in OF_HASH_SEED:
-            raise ValueError(f"{flag}: reasoning-gym:{task} has other problems in each process (PYTHONHASHSEED)")
+        if task in REFUSED:
+            raise ValueError(f"{flag}: reasoning-gym:{task} is refused: it {REFUSED[task]}")
         try:
             self.config = json.loads(config) if config else {}
         except json.JSONDecodeError as error:

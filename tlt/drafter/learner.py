@@ -97,21 +97,18 @@ class HeadLearner:
         target, num_depths = self.trainer.target, self.trainer.config.num_depths
         reads = self.trainer.head.reads
         batch = pack(pieces, num_depths=num_depths, reads=reads, device=target.output_weight.device)
+        stands = torch.ones(len(batch.starts))
+        totals = torch.zeros(len(pieces), dtype=torch.float64)
+        owner = torch.arange(len(pieces)).repeat_interleave(torch.tensor(batch.num_starts))
         with self.trainer.precision():
             target_probs = target_distribution(
                 batch.target_hidden_states, target.output_weight, temperature=self.temperature
             ).probs
-            depths = [
-                (depth, readout(depth.output, target.output_weight, temperature=self.temperature).softmax(1))
-                for depth in unroll(self.trainer.head, batch, target.embedding, num_depths=num_depths)
-            ]
-        stands = torch.ones(len(batch.starts))
-        totals = torch.zeros(len(pieces), dtype=torch.float64)
-        owner = torch.arange(len(pieces)).repeat_interleave(torch.tensor(batch.num_starts))
-        for depth, draft_probs in depths:
-            starts = depth.starts.cpu()
-            stands[starts] *= torch.minimum(target_probs[depth.rows], draft_probs).sum(1).cpu()
-            totals.index_add_(0, owner[starts], stands[starts].double())
+            for depth in unroll(self.trainer.head, batch, target.embedding, num_depths=num_depths):
+                draft_probs = readout(depth.output, target.output_weight, temperature=self.temperature).softmax(1)
+                starts = depth.starts.cpu()
+                stands[starts] *= torch.minimum(target_probs[depth.rows], draft_probs).sum(1).cpu()
+                totals.index_add_(0, owner[starts], stands[starts].double())
         return totals.tolist()
 
     def _hold(self, tensors: Mapping[str, torch.Tensor]) -> None:

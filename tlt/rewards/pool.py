@@ -1,7 +1,6 @@
 """RewardFn over processes: responses are scored while others decode, each within a time limit."""
 
 import logging
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -10,13 +9,13 @@ from dataclasses import replace
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from tlt.config import RewardConfig
+from tlt.rewards.processes import scorer_context
 from tlt.rewards.scoring import score
 from tlt.rewards.worker import OUT_OF_MEMORY, enter, guarded
 from tlt.types import Prompt, Rollout, RolloutGroup
 
 logger = logging.getLogger(__name__)
 
-ZYGOTE = "tlt.rewards.zygote"
 SCORINGS_PER_PROCESS = 10_000
 """Then it is replaced: what leaks does not grow for ever."""
 
@@ -27,12 +26,9 @@ class RewardPool:
     def __init__(self, config: RewardConfig, *, scorer: Callable[[dict, str], float] = score):
         self.config = config
         self.scorer = scorer
-        # A child forked from this process would inherit the engine's threads and locks.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([ZYGOTE])
         self.pool = ProcessPool(
             max_workers=config.workers, max_tasks=SCORINGS_PER_PROCESS, initializer=enter,
-            initargs=[config.memory_mib], context=context,
+            initargs=[config.memory_mib], context=scorer_context(),
         )  # fmt: skip
         self.pending: dict[tuple[str, int], tuple[ProcessFuture, tuple[dict, str]]] = {}
         self._stats: dict[str, float] = {}

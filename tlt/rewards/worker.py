@@ -3,7 +3,6 @@
 import math
 import os
 import resource
-import signal
 from collections.abc import Callable
 
 OUT_OF_MEMORY = 71
@@ -13,15 +12,14 @@ OUT_OF_MEMORY = 71
 def enter(memory_mib: int) -> None:
     """At the beginning of the process: it was forked from the zygote and ends with it, as that does with the rank.
 
-    A process has one server to fork from. Where another library started it first, with its own imports, this process
-    is a zygote to itself: it imports the libraries now, before a response's time limit begins.
+    A child of the rank itself (processes.py) is its own zygote: it imports the libraries now, before a response's time
+    limit begins.
     """
     from tlt.rewards import zygote  # in the process that this one was forked from; a rank must not import it
 
     zygote.end_with_parent()
     if zygote.PID not in (os.getpid(), os.getppid()):  # the zygote ended before
         os._exit(0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool's; SIGUSR1 stays ignored
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

@@ -8,9 +8,6 @@ import ctypes
 import os
 import signal
 
-import math_verify  # noqa: F401
-import reasoning_gym  # noqa: F401
-
 PR_SET_PDEATHSIG = 1
 """Of prctl(2): a signal for when the parent is gone."""
 PID = os.getpid()
@@ -21,7 +18,11 @@ def end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+# Before the imports, which take seconds. A cluster signals all processes of a job; its ranks finish what they are at
+# before they stop, and need scores. What is forked from here ignores these signals too.
 end_with_parent()
-# A cluster signals all processes of a job; its ranks finish what they are at before they stop, and need scores.
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+import math_verify  # noqa: E402, F401
+import reasoning_gym  # noqa: E402, F401

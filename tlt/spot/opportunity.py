@@ -30,8 +30,9 @@ class Session:
     policy_version: int
     gain_frac: float
     error_frac: float
-    cost_frac: float
-    """Seconds that ranks last spent on averaging, judging and loading, as a share of a rollout."""
+    cost_frac: float | None
+    """Seconds that ranks last spent on averaging, judging and loading, as a share of a rollout; None before the first
+    such meeting of a start."""
 
 
 class GainRecord:
@@ -49,7 +50,7 @@ class GainRecord:
         self._num_steps = 0.0
 
     def count(
-        self, judged: Judgement, *, policy_version: int, cost_frac: float, num_steps: float
+        self, judged: Judgement, *, policy_version: int, cost_frac: float | None, num_steps: float
     ) -> dict[str, float]:  # fmt: skip
         """A training of so many optimizer steps was judged; metrics."""
         self._num_steps += num_steps
@@ -78,9 +79,8 @@ class GainRecord:
     def needed_frac(self) -> float:
         """Gain that pays for a training: so many rollouts, shorter by this share each, make good what the ranks'
         meeting took. The mean of the last meetings: one short rollout must not make the next ones look dear."""
-        if not self.sessions:
-            return self.min_gain_frac
-        return max(self.min_gain_frac, fmean(session.cost_frac for session in self.sessions) / LASTING)
+        costs = [session.cost_frac for session in self.sessions if session.cost_frac is not None]
+        return max(self.min_gain_frac, fmean(costs) / LASTING) if costs else self.min_gain_frac
 
     @property
     def is_measurable(self) -> bool:

@@ -92,7 +92,7 @@ class SpotTraining:
         self.gains = GainRecord(min_gain_frac=config.min_gain)
         self.switch = SwitchCost()
         self.meeting_s = 0.0
-        """Seconds of the last meeting that averaged."""
+        """Seconds of the last meeting that averaged; 0 before the first."""
         self.begin_s = 0.0
         self.first = engine.drafter_tensors() if config.compare_first == "on" else None
         """Weights of the head that the run was given."""
@@ -186,12 +186,12 @@ class SpotTraining:
             return metrics
         begin_s = time.perf_counter()
         with self.trace.span("spot_publish"):
-            metrics |= self._meet(num_steps, train_s, cost_frac=meeting_s / rollout_s)
+            metrics |= self._meet(num_steps, train_s, cost_frac=meeting_s / rollout_s if meeting_s > 0 else None)
         self.meeting_s = time.perf_counter() - begin_s
         self.num_steps, self.train_s = 0, 0.0
         return metrics
 
-    def _meet(self, num_steps: float, train_s: float, *, cost_frac: float) -> dict[str, float]:
+    def _meet(self, num_steps: float, train_s: float, *, cost_frac: float | None) -> dict[str, float]:
         """Average, judge and load; the sums are those of all ranks."""
         self.learner.average(self.parallel.sum, weight=self.num_steps / num_steps)
         held_out = self._samples(self.engine.hidden_state_samples(), are_held_out=True)
