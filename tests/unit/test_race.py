@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.unit.test_verification import chi_square_limit
-from tlt.spec.race import RARE, race, tensor_race
+from tlt.spec.race import RARE, arrival_times, race, race_with_leads, tensor_race
 from tlt.spec.randomness import DRAFT, TOKEN
 
 
@@ -102,6 +102,49 @@ def test_the_compiled_race_is_the_one_in_tensor_operations(width, is_part):
     seeds, positions = np.arange(300) * 10**15, np.arange(300)[::-1]
     expected = tensor_race(probs, seeds, positions, stream=DRAFT, token_ids=ids)
     assert race(probs, seeds, positions, stream=DRAFT, token_ids=ids).tolist() == expected.tolist()
+
+
+def coupled_pairs(num: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray, np.ndarray]:
+    """(drawn from q, drawn from a p near it, whether both are one, lead of the first, its probability under q)."""
+    generator = torch.Generator().manual_seed(8)
+    sharpness = 1 + 5 * torch.rand(num, 1, generator=generator)
+    logits = sharpness * torch.randn(num, 60, generator=generator)
+    q, p = logits.softmax(1), (logits + 0.7 * torch.randn(num, 60, generator=generator)).softmax(1)
+    seeds = np.arange(num)
+    drafted, leads = race_with_leads(q, seeds, seeds, stream=TOKEN)
+    drawn = race(p, seeds, seeds, stream=TOKEN)
+    return drafted, drawn, (drafted == drawn).numpy(), leads, q.gather(1, drafted[:, None]).squeeze(1).numpy()
+
+
+def explained(stands: np.ndarray, feature: np.ndarray) -> float:
+    """Share of the variance of what stands that is explained by tenths of a feature."""
+    cells = np.searchsorted(np.quantile(feature, np.arange(1, 10) / 10), feature)
+    means = np.array([stands[cells == cell].mean() if (cells == cell).any() else 0.0 for cell in range(10)])
+    return 1 - float(((stands - means[cells]) ** 2).mean() / stands.var())
+
+
+def test_a_lead_tells_what_stands_better_than_a_probability():
+    _, _, stands, leads, own = coupled_pairs(20_000)
+    assert 0.7 < stands.mean() < 0.9
+    assert explained(stands, leads) > 1.5 * explained(stands, own) > 0
+    close, far = stands[leads < 0.6], stands[leads > 0.95]
+    assert 0.4 < close.mean() < 0.65, "as likely as not"
+    assert far.mean() > 0.95
+
+
+def test_leads_are_those_of_arrivals():
+    probs = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.2, 0.7, 0.1]])
+    drawn, leads = race_with_leads(probs, [3, 4, 5], [7, 8, 9], stream=TOKEN)
+    for row in range(3):
+        times = [
+            float(arrival_times(mass[None].double(), torch.tensor([0]), torch.tensor([column]), seeds=[3 + row],
+                                positions=[7 + row], stream=TOKEN)) for column, mass in enumerate(probs[row])
+        ]  # fmt: skip
+        first, second, _ = sorted(times)
+        assert times.index(first) == drawn[row]
+        assert leads[row] == pytest.approx(second / (first + second) if second < float("inf") else 1.0)
+    rare = torch.full((50, 4096), 1 / 4096)  # each below RARE
+    assert (race_with_leads(rare, range(50), range(50), stream=TOKEN)[1] == 0).all()
 
 
 def test_a_row_of_nan_is_refused():

@@ -39,7 +39,7 @@ def race(
 ) -> torch.Tensor:
     """[T] column drawn in each row; never one of probability 0. RuntimeError for a row without any, such as NaN."""
     if probs.device.type == "cpu":
-        return _compiled_race(probs, seeds, positions, stream=stream, token_ids=token_ids)
+        return race_with_leads(probs, seeds, positions, stream=stream, token_ids=token_ids)[0]
     return _device_race(probs, seeds, positions, stream=stream, token_ids=token_ids)
 
 
@@ -58,20 +58,23 @@ def _device_race(
     return drawn
 
 
-def _compiled_race(
-    probs: torch.Tensor, seeds: Sequence[int], positions: Sequence[int], *, stream: int, token_ids: torch.Tensor | None
-) -> torch.Tensor:
+def race_with_leads(
+    probs: torch.Tensor, seeds: Sequence[int], positions: Sequence[int], *, stream: int,
+    token_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, np.ndarray]:  # fmt: skip
+    """`race` of rows in a CPU's memory, and [T] float64 by how much each token won: t2 / (t1 + t2) of the first two
+    arrivals, 1 where no other came; 0 where the rare tokens won, of which another distribution draws another one."""
     from tlt.spec.race_kernel import race_rows
 
-    drawn = np.empty(len(probs), dtype=np.int64)
+    drawn, leads = np.empty(len(probs), dtype=np.int64), np.empty(len(probs))
     race_rows(
         probs.contiguous().numpy(), hashes(seeds, positions, stream=stream),
         hashes(seeds, positions, stream=RARE_TOKEN + stream),
-        np.empty(0, dtype=np.int64) if token_ids is None else token_ids.numpy(), drawn,
+        np.empty(0, dtype=np.int64) if token_ids is None else token_ids.numpy(), drawn, leads,
     )  # fmt: skip
     if (drawn < 0).any():
         raise RuntimeError(NO_PROBABILITY.format(np.flatnonzero(drawn < 0).tolist()))
-    return torch.from_numpy(drawn)
+    return torch.from_numpy(drawn), leads
 
 
 def tensor_race(

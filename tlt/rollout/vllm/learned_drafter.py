@@ -20,7 +20,7 @@ from tlt.rollout.vllm.packed_head import PackedLinear, packed
 from tlt.rollout.vllm.paged_attention import CpuPagedAttention, FlashPagedAttention
 from tlt.rollout.vllm.token_pool import TokenPool
 from tlt.spec.draft_kind import COUPLED, ONE_HOT, SAMPLED, KindChoice
-from tlt.spec.race import race
+from tlt.spec.race import race_with_leads
 from tlt.spec.randomness import DRAFT, TOKEN
 from tlt.types import prompt_id_of
 
@@ -81,7 +81,7 @@ class Drafted:
 
     tokens: torch.Tensor  # [B] int64, CPU
     probs: torch.Tensor  # [B, V_draft]
-    confidences: np.ndarray  # [B] probability of each token
+    confidences: np.ndarray  # [B] probability of each token, or of a coupled one its lead (race.py)
     seconds: float
     """Of the pass."""
 
@@ -300,7 +300,7 @@ class LearnedDrafter:
     def _choose(
         self, hidden: torch.Tensor, requests: Sequence[DraftRequest], kinds: Sequence[str], step: int
     ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-        """(token [B] int64 on the CPU, probabilities [B, V_draft], its own [B]) that follow the head's output."""
+        """(token [B] int64 on the CPU, probabilities [B, V_draft], confidences [B]) that follow the head's output."""
         logits = self.read_out(hidden)
         scales = [request.temperature if request.temperature > 0 else 1.0 for request in requests]
         logits = logits.float()
@@ -309,14 +309,17 @@ class LearnedDrafter:
         probs = logits.softmax(1)
         ids = self.head.draft_token_ids
         columns = logits.argmax(1)
+        leads = {}
         for kind, stream in ((COUPLED, TOKEN), (SAMPLED, DRAFT)):
             rows = [row for row, own in enumerate(kinds) if own == kind]
             if rows:
-                columns[rows] = race(
+                columns[rows], leads[kind] = race_with_leads(
                     probs[rows], [requests[row].seed for row in rows],
                     [requests[row].num_tokens + step for row in rows], stream=stream, token_ids=ids,
                 )  # fmt: skip
         confidences = probs.gather(1, columns[:, None]).squeeze(1).double().cpu().numpy()
+        if COUPLED in leads:
+            confidences[[kind == COUPLED for kind in kinds]] = leads[COUPLED]
         return (columns if ids is None else ids[columns]).cpu(), probs, confidences
 
 

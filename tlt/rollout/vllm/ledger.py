@@ -23,7 +23,7 @@ class Proposal:
     drafter: str
     request_name: str
     token_ids: list[int]  # [K]
-    confidences: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [K] the drafter's own probabilities
+    confidences: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [K] the drafter's own
     match_length: int = 0
     """Tokens before the draft that a suffix drafter matched."""
     temperature: float = 1.0
