@@ -33,7 +33,8 @@ def _rank(rank: int, port: int, folder: Path, case: str) -> None:
         time.sleep(0.02)
     phase["now"] = "update"
     end_s = time.monotonic() + 1
-    while time.monotonic() < end_s:  # the others hear of it
+    store.add("in update", 1)
+    while time.monotonic() < end_s or store.add("in update", 0) < 3:  # all are there, and the others hear of it
         time.sleep(0.02)
     if rank == 1:
         (folder / "struck").write_text("")
