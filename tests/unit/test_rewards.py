@@ -156,15 +156,25 @@ START_ANOTHER = """
     other.start()
     other.join()
 """
-SCORE = """
+SCRIPT = """
 import multiprocessing, os, sys
 sys.path.insert(0, {root!r})
 from tests.unit.test_rewards import RewardConfig, RewardPool, group, scripted, submit
 if __name__ == "__main__":
 {before}
-    pool = RewardPool(RewardConfig(timeout_s=1.0), scorer=scripted)
-    groups = [group("a", ["libraries", "hang", "libraries", "die", "forked"])]
+    pool = RewardPool(RewardConfig({config}), scorer=scripted)
+    groups = [group("a", {responses})]
     submit(pool, groups)
+{then}
+"""
+
+
+def write_script(path: Path, *, before: str, config: str, responses: list[str], then: str) -> None:
+    """A program that submits responses as a rank would."""
+    path.write_text(SCRIPT.format(root=ROOT, before=before, config=config, responses=responses, then=then))
+
+
+COLLECT = """
     print(pool.collect(groups)[0].rewards)
     pool.close()
 """
@@ -176,7 +186,10 @@ if __name__ == "__main__":
 )  # fmt: skip
 def test_scorers_have_the_libraries_wherever_a_run_begins(before, rewards, tmp_path):
     """They are forked from the zygote, which must find its module there; or from nothing, where it cannot be."""
-    (tmp_path / "score.py").write_text(SCORE.format(root=ROOT, before=before))
+    responses = ["libraries", "hang", "libraries", "die", "forked"]
+    write_script(
+        tmp_path / "score.py", before=before, config="timeout_s=1.0", responses=responses, then=COLLECT
+    )  # fmt: skip
     ended = subprocess.run(
         [sys.executable, "score.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
@@ -227,15 +240,7 @@ def test_scorers_that_eat_leak_print_or_return_no_number(capfd):
     assert "yyy" not in captured.err
 
 
-ORPHAN = """
-import multiprocessing, os, sys
-sys.path.insert(0, {root!r})
-from tests.unit.test_rewards import RewardConfig, RewardPool, group, scripted, submit
-if __name__ == "__main__":
-{before}
-    pool = RewardPool(RewardConfig(), scorer=scripted)
-    groups = [group("a", ["good", "hang"])]
-    submit(pool, groups)
+END_BESIDE_A_SCORER = """
     pool.pending["a", 0][0].result()
     print(next(iter(pool.pool._pool_manager.worker_manager.workers)), flush=True)
     os.kill(os.getpid(), 9)
@@ -244,7 +249,9 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("before", ["", START_ANOTHER], ids=["the zygote", "a server of another library"])
 def test_a_scorer_ends_with_its_rank_however_that_ends(before, tmp_path):
-    (tmp_path / "orphan.py").write_text(ORPHAN.format(root=ROOT, before=before))
+    write_script(
+        tmp_path / "orphan.py", before=before, config="", responses=["good", "hang"], then=END_BESIDE_A_SCORER
+    )  # fmt: skip
     ended = subprocess.run([sys.executable, "orphan.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 20

@@ -219,11 +219,12 @@ def test_old_samples_are_left_and_held_out_ones_are_never_trained_on():
     assert len(judged) == pytest.approx(180 / 4, abs=18)  # 3 standard deviations of 5.8
 
 
-def make_learner(seed: int = 1) -> HeadLearner:
+def make_learner(seed: int = 1, *, embedding: torch.Tensor | None = None) -> HeadLearner:
     target = make_target()
+    embedding = target.embedding if embedding is None else embedding
     return HeadLearner(
         make_trainer().head, DrafterConfig(starts_per_step=16, warmup_steps=0, num_depths=3), seed=seed,
-        temperature=0.8, target=lambda: (target.embedding, target.output_weight),
+        temperature=0.8, target=lambda: (embedding, target.output_weight),
     )  # fmt: skip
 
 
@@ -278,17 +279,9 @@ def test_a_score_is_the_expected_number_of_accepted_tokens_and_rises_with_traini
 
 def test_a_policy_in_bfloat16_is_judged_as_one_in_float32(monkeypatch):
     monkeypatch.setattr(trainer, "multiplies_in", lambda dtype, device: True)
-    target = make_target()
-    half = HeadLearner(
-        make_trainer().head, DrafterConfig(num_depths=3), seed=1, temperature=0.8,
-        target=lambda: (target.embedding.bfloat16(), target.output_weight),
-    )  # fmt: skip
+    rounded = make_target().embedding.bfloat16()
+    half, full = make_learner(embedding=rounded), make_learner(embedding=rounded.float())
     assert half.trainer.dtype == torch.bfloat16
-    rounded = target.embedding.bfloat16().float()
-    full = HeadLearner(
-        make_trainer().head, DrafterConfig(num_depths=3), seed=1, temperature=0.8,
-        target=lambda: (rounded, target.output_weight),
-    )  # fmt: skip
     assert full.trainer.dtype == torch.float32
     expected = full.score(SAMPLES, full.published())
     found = half.score(SAMPLES, full.published())

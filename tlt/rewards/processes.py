@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.forkserver
 import os
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
 from pathlib import Path
 
@@ -10,18 +11,21 @@ ZYGOTE = "tlt.rewards.zygote"
 ROOT = str(Path(__file__).parents[2])
 
 
-class ForkedScorer(ForkServerProcess):
-    """Ends at once: it ignores SIGTERM, which a cluster sends to all processes of a job."""
+class EndsAtOnce:
+    """Of a process that ignores SIGTERM, which a cluster sends to all processes of a job."""
+
+    kill: Callable[[], None]
 
     def terminate(self) -> None:
         self.kill()
 
 
-class SpawnedScorer(SpawnProcess):
-    """The same, a child of the rank."""
+class ForkedScorer(EndsAtOnce, ForkServerProcess):
+    """A child of the zygote."""
 
-    def terminate(self) -> None:
-        self.kill()
+
+class SpawnedScorer(EndsAtOnce, SpawnProcess):
+    """A child of the rank."""
 
 
 class ForkedScorers(ForkServerContext):

@@ -21,7 +21,7 @@ def enter(memory_mib: int) -> None:
     zygote.end_with_parent()
     if zygote.PID not in (os.getpid(), os.getppid()):  # the zygote ended before
         os._exit(0)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # pebble has set a handler; ended are these by SIGKILL
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where pebble has set a handler; SIGKILL ends it
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
