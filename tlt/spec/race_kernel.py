@@ -31,14 +31,21 @@ def uniform(state, item):
 
 
 @compiled
-def race_rows(probs, states, rare_states, token_ids, drawn, leads):
+def state_of(seed, position, stream):
+    """`randomness.hashes` of one row."""
+    return mix(mix(mix(seed + GOLDEN) + position * GOLDEN) + (stream + _ONE) * GOLDEN)
+
+
+@compiled
+def race_rows(probs, seeds, positions, stream, rare_stream, token_ids, drawn, leads):
     """Write the column that each row [T, V] draws into `drawn` [T] int64, and its lead into `leads` [T] float64.
 
-    `states` [T] uint64 are the hashes of seed, position and stream, `rare_states` those of the rare tokens' stream;
+    The numbers are those of seeds and positions [T] uint64 in `stream`, in `rare_stream` for the rare tokens;
     `token_ids` [V] int64 names the columns, empty where a column is its token.
     """
     num_columns = probs.shape[1]
     for row in range(probs.shape[0]):
+        state = state_of(seeds[row], positions[row], stream)
         rest, first, second, best = 0.0, math.inf, math.inf, -1
         for column in range(num_columns):
             mass = np.float64(probs[row, column])
@@ -46,17 +53,18 @@ def race_rows(probs, states, rare_states, token_ids, drawn, leads):
                 rest += mass
                 continue
             name = np.uint64(token_ids[column]) if len(token_ids) else np.uint64(column)
-            time = -math.log1p(-uniform(states[row], name)) / mass
+            time = -math.log1p(-uniform(state, name)) / mass
             if time <= first:
                 first, second, best = time, first, column
             elif time < second:
                 second = time
-        rest_time = -math.log1p(-uniform(states[row], _REST)) / rest if rest > NOTHING else math.inf
+        rest_time = -math.log1p(-uniform(state, _REST)) / rest if rest > NOTHING else math.inf
         second = min(second, rest_time)
         leads[row] = second / (first + second) if second < math.inf else 1.0
         if rest_time < first:
             leads[row] = 0.0
-            target = np.float64(rare_states[row] >> _SHIFTS[3]) * 2.0**-53 * rest
+            rare_state = state_of(seeds[row], positions[row], rare_stream)
+            target = np.float64(rare_state >> _SHIFTS[3]) * 2.0**-53 * rest
             total = 0.0
             for column in range(num_columns):
                 mass = np.float64(probs[row, column])

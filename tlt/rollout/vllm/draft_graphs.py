@@ -91,7 +91,7 @@ class Passes:
         own, drafter = self.inputs, self.drafter
         self.step.zero_()
         slots = own.slots.flatten()
-        hidden = drafter.live.fuse(drafter.pool.at(drafter.head.reads, slots))
+        hidden = drafter.passes.fuse(drafter.pool.at(drafter.head.reads, slots))
         self._pass(own.next_tokens.flatten(), hidden, own.position.flatten(), slots, own.num_tokens - 1, own.last)
 
     def more(self) -> None:
@@ -117,7 +117,7 @@ class Passes:
     def _choose(self) -> None:
         """The next token of each request, by the head's distribution at its output."""
         own, ids = self.inputs, self.drafter.head.draft_token_ids
-        logits = self.drafter.read_out(self.hidden).float() / own.scales.float()[:, None]
+        logits = self.drafter.passes.read_out(self.hidden).float() / own.scales.float()[:, None]
         probs = logits.softmax(1)
         drawn = self.race(probs, own.seeds, own.num_tokens + self.step, own.streams.clamp(min=0), token_ids=ids)
         columns = torch.where(own.streams == BEST, logits.argmax(1), drawn).clamp(min=0)  # NaN is found on the host

@@ -12,15 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn.functional import linear
 
 from tlt.drafter.model import EagleHead
+from tlt.rollout.vllm.head_passes import CpuPasses, TorchPasses
 from tlt.rollout.vllm.ledger import Proposal
-from tlt.rollout.vllm.packed_head import PackedLinear, packed
 from tlt.rollout.vllm.paged_attention import CpuPagedAttention, FlashPagedAttention
 from tlt.rollout.vllm.token_pool import TokenPool
 from tlt.spec.draft_kind import COUPLED, ONE_HOT, SAMPLED, KindChoice
-from tlt.spec.race import race_with_leads
+from tlt.spec.race import confidence, race_with_leads
 from tlt.spec.randomness import DRAFT, TOKEN
 from tlt.types import prompt_id_of
 
@@ -81,7 +80,7 @@ class Drafted:
 
     tokens: torch.Tensor  # [B] int64, CPU
     probs: torch.Tensor  # [B, V_draft]
-    confidences: np.ndarray  # [B] probability of each token, or of a coupled one its lead (race.py)
+    confidences: np.ndarray  # [B] probability of each token, or of a coupled one `race.confidence`
     seconds: float
     """Of the pass."""
 
@@ -101,34 +100,36 @@ class PassByPass:
         self.requests = requests
         self.kinds = kinds
         self.block_table = drafter.pool.block_table(torch.tensor([request.row for request in requests]))
+        self.num_tokens = torch.tensor([request.num_tokens for request in requests], dtype=torch.int32)
         self._rows = np.arange(len(requests))
         self._num_steps = 0
 
     def step(self, rows: np.ndarray) -> Drafted:
         begin_s = time.perf_counter()
-        requests = [self.requests[row] for row in rows]
+        if len(rows) < len(self._rows):
+            self._keep(torch.from_numpy(np.flatnonzero(np.isin(self._rows, rows))))
+            self._rows = rows
         if self._num_steps == 0:
-            hidden = self.drafter._catch_up(requests, self.block_table)
+            hidden = self.drafter._catch_up(self.requests, self.block_table)
         else:
-            kept = torch.from_numpy(np.isin(self._rows, rows))
-            position = torch.tensor(
-                [request.num_tokens - 2 + self._num_steps for request in requests], dtype=torch.int32
-            )
-            hidden = self.drafter._one_more(
-                self._tokens[kept], self._hidden[kept.to(self._hidden.device)], position, self.block_table[rows]
-            )
-        tokens, probs, confidences = self.drafter._choose(
-            hidden, requests, [self.kinds[row] for row in rows], self._num_steps
-        )
-        self._rows, self._tokens, self._hidden = rows, tokens, hidden
+            position = self.num_tokens + (self._num_steps - 2)
+            hidden = self.drafter._one_more(self._tokens, self._hidden, position, self.block_table)
+        tokens, probs, confidences = self.drafter._choose(hidden, self.requests, self.kinds, self._num_steps)
+        self._tokens, self._hidden = tokens, hidden
         self._num_steps += 1
         return Drafted(
             tokens=tokens, probs=probs, confidences=confidences, seconds=time.perf_counter() - begin_s
         )  # fmt: skip
 
+    def _keep(self, kept: torch.Tensor) -> None:
+        """Go on with these of the present rows alone."""
+        self.requests, self.kinds = ([own[row] for row in kept.tolist()] for own in (self.requests, self.kinds))
+        self.block_table, self.num_tokens = self.block_table[kept], self.num_tokens[kept]
+        self._tokens, self._hidden = self._tokens[kept], self._hidden[kept.to(self._hidden.device)]
+
 
 class LearnedDrafter:
-    """Drafts with one head; `output_weight` [V_draft, H] are rows of the target's LM head, None the layer itself."""
+    """Drafts with one head."""
 
     def __init__(self, head: EagleHead, runner: Any, pool: TokenPool, *, name: str, kinds: KindChoice):
         self.head = head.to(runner.device)
@@ -139,21 +140,18 @@ class LearnedDrafter:
         self.version = 0
         self.limit: DraftLimit = AsAsked()
         self.on_pass: Callable[[int, float], None] = lambda num_rows, seconds: None
-        self.output_weight: torch.Tensor | None = None
-        self.read_out: Callable[[torch.Tensor], torch.Tensor] = runner.get_model().compute_logits
-        """Logits [B, V_draft] of the head's outputs [B, H]."""
-        self.on_cpu = runner.device.type == "cpu"
-        self._renew_live()
         self._previous: dict[str, torch.Tensor] = {}
         self._num_cached: dict[str, int] = {}
         self._num_passes = 0
-        kind = CpuPagedAttention if self.on_cpu else FlashPagedAttention
-        self.attention = kind(
+        on_cpu = runner.device.type == "cpu"
+        passes, attention = (CpuPasses, CpuPagedAttention) if on_cpu else (TorchPasses, FlashPagedAttention)
+        cache = attention(
             head.shape, num_blocks=pool.num_blocks, block_size=pool.block_size, dtype=runner.model_config.dtype,
             device=runner.device,
         )  # fmt: skip
+        self.passes = passes(self.head, cache, runner.get_model().compute_logits)
         self.chain: Callable[[Sequence[DraftRequest], Sequence[str]], Chain] = partial(PassByPass, self)
-        if not self.on_cpu:
+        if not on_cpu:
             from tlt.rollout.vllm.draft_graphs import DraftGraphs
             from tlt.spec.race_triton import triton_race  # Triton's kernels need a GPU
 
@@ -180,12 +178,8 @@ class LearnedDrafter:
     def _copy(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.head.named_parameters():
             parameter.copy_(tensors[name])
-        self._renew_live()
+        self.passes.weights_changed()
         self._num_cached.clear()  # keys and values are of the old weights
-
-    def _renew_live(self) -> None:
-        """`live` is what computes: the head, or on a CPU a copy of it with packed weights."""
-        self.live = packed(self.head) if self.on_cpu else self.head
 
     def renew_output(self, name: str, tensor: torch.Tensor) -> None:
         """Take over a weight of the target (Hugging Face name) if it is what drafts are read out with."""
@@ -193,11 +187,12 @@ class LearnedDrafter:
         if ids is None or name != output_name(self.runner.get_model()):
             return
         weight = tensor[ids.to(tensor.device)].to(device=self.runner.device, dtype=self.runner.model_config.dtype)
-        if self.output_weight is not None and not self.on_cpu:
-            self.output_weight.copy_(weight)  # graphs read it where it is
-            return
-        self.output_weight = weight
-        self.read_out = PackedLinear(self.output_weight) if self.on_cpu else partial(linear, weight=self.output_weight)
+        self.passes.output_changed(weight)
+
+    @property
+    def output_weight(self) -> torch.Tensor | None:
+        """[V_draft, H] rows of the target's LM head that drafts are read out with; None: the layer itself."""
+        return self.passes.output_weight
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """These requests ended or lost their blocks."""
@@ -271,7 +266,7 @@ class LearnedDrafter:
         rows = torch.tensor([request.row for request in requests])[index]
         next_tokens = torch.from_numpy(self.runner.input_batch.token_ids_cpu[rows.numpy(), position.numpy() + 1])
         slots = self.pool.slots(block_table, index, position)
-        hidden = self.live.fuse(self.pool.at(self.head.reads, slots))
+        hidden = self.passes.fuse(self.pool.at(self.head.reads, slots))
         output = self.forward(
             next_tokens.long(), hidden, position, slots, block_table, torch.tensor(ends, dtype=torch.int32),
             rows=counts.cumsum(0) - 1,
@@ -290,25 +285,20 @@ class LearnedDrafter:
     def forward(self, tokens, hidden, position, slots, block_table, seq_lens, rows=None) -> torch.Tensor:
         """[B, H] at each request's last token, one of `rows` [B] where it has several; the others leave their keys."""
         device = self.runner.device
-        embeddings = self.runner.get_model().model.embed_tokens(tokens.to(device))
-        attend = self.attention.plan(
-            block_table=block_table.to(device), query_lens=torch.ones_like(seq_lens), seq_lens=seq_lens,
-            slots=slots.to(device),
-        )  # fmt: skip
-        return self.live(embeddings.to(hidden.dtype), hidden, position.to(device), attend, rows)
+        embeddings = self.runner.get_model().model.embed_tokens(tokens.to(device)).to(hidden.dtype)
+        return self.passes.forward(
+            embeddings, hidden, position.to(device), slots.to(device), block_table.to(device), seq_lens, rows
+        )
 
     def _choose(
         self, hidden: torch.Tensor, requests: Sequence[DraftRequest], kinds: Sequence[str], step: int
     ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """(token [B] int64 on the CPU, probabilities [B, V_draft], confidences [B]) that follow the head's output."""
-        logits = self.read_out(hidden)
-        scales = [request.temperature if request.temperature > 0 else 1.0 for request in requests]
-        logits = logits.float()
-        if any(scale != 1 for scale in scales):
-            logits = logits / torch.tensor(scales, device=logits.device)[:, None]
-        probs = logits.softmax(1)
+        probs = self.passes.probs(
+            hidden, [request.temperature if request.temperature > 0 else 1.0 for request in requests]
+        )
         ids = self.head.draft_token_ids
-        columns = logits.argmax(1)
+        columns = probs.argmax(1)
         leads = {}
         for kind, stream in ((COUPLED, TOKEN), (SAMPLED, DRAFT)):
             rows = [row for row, own in enumerate(kinds) if own == kind]
@@ -319,7 +309,8 @@ class LearnedDrafter:
                 )  # fmt: skip
         confidences = probs.gather(1, columns[:, None]).squeeze(1).double().cpu().numpy()
         if COUPLED in leads:
-            confidences[[kind == COUPLED for kind in kinds]] = leads[COUPLED]
+            coupled = [kind == COUPLED for kind in kinds]
+            confidences[coupled] = confidence(leads[COUPLED], confidences[coupled])
         return (columns if ids is None else ids[columns]).cpu(), probs, confidences
 
 
