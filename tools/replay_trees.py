@@ -102,8 +102,10 @@ def rows(kind: str, responses: list[list[tuple[int, ...]]], *, depth: int) -> li
     return result
 
 
-def responses(args: argparse.Namespace, plan, hf_config: dict, tokenizer, prompts: list) -> list:
-    """Hidden states of one response to each prompt, by an engine that drafts nothing."""
+def responses(
+    args: argparse.Namespace, plan, hf_config: dict, tokenizer, prompts: list, *, group_size: int = 1
+) -> list:
+    """Hidden states of `group_size` responses to each prompt, by an engine that drafts nothing."""
     from tlt.build import stop_token_ids
     from tlt.config import RolloutConfig
     from tlt.types import SamplingConfig
@@ -114,7 +116,7 @@ def responses(args: argparse.Namespace, plan, hf_config: dict, tokenizer, prompt
         stop_token_ids=stop_token_ids(Path(args.model), hf_config, tokenizer),
     )  # fmt: skip
     sampling = SamplingConfig(temperature=args.temperature, max_response_tokens=args.max_tokens)
-    engine.generate(prompts, sampling, group_size=1, seed=args.seed, on_finished=lambda *_: None)
+    engine.generate(prompts, sampling, group_size=group_size, seed=args.seed, on_finished=lambda *_: None)
     samples = engine.hidden_state_samples()
     engine.close()
     return samples
