@@ -78,8 +78,8 @@ def test_what_tells_more_explains_more_and_walks_faster(groups):
     }
     best = min(sum(rollout_s(group, fixed(count), COSTS) for group in groups) for count in range(DEPTH + 1))
     known = sum(rollout_s(group, foreseen(DEPTH, COSTS), COSTS) for group in groups)
-    assert seconds["sharp"] < seconds["dull"] < best
-    assert known < best
+    # What explains little is worth little: a length fitted to these very responses does as well.
+    assert known < seconds["sharp"] < 0.97 * min(seconds["dull"], best)
 
 
 def test_estimates_come_from_other_folds(groups):
