@@ -78,6 +78,18 @@ def exp(x):
 
 
 @compiled_sums
+def exponentials(values, temperature):
+    """Replace values [N] by exp((value - the largest) / temperature); their sum. By it they are a softmax."""
+    largest, total = values[0], ZERO
+    for index in range(values.shape[0]):
+        largest = max(largest, values[index])
+    for index in range(values.shape[0]):
+        values[index] = exp((values[index] - largest) / temperature)
+        total += values[index]
+    return total
+
+
+@compiled_sums
 def project(matrix, rows, output):
     """rows [T, K] times a matrix [N, K] and scales [N] into output [T, N]. Two columns and up to four rows share what
     is read."""
@@ -165,18 +177,13 @@ def attend(queries, keys, values, block_table, block_size, seq_lens, output):
             group = head * num_groups // num_heads
             query = queries[row, head * size : (head + 1) * size]
             mixed = output[row, head * size : (head + 1) * size]
-            largest = np.float32(-np.inf)
             for position in range(seq_len):
                 key, total = keys[slots[position], group], ZERO
                 for index in range(size):
                     total += query[index] * widened(key[index])
                 scores[position] = total * scale
-                largest = max(largest, scores[position])
+            norm = exponentials(scores, np.float32(1))
             mixed[:] = ZERO
-            norm = ZERO
-            for position in range(seq_len):
-                scores[position] = exp(scores[position] - largest)
-                norm += scores[position]
             for position in range(seq_len):
                 share = scores[position]
                 value = values[slots[position], group]
@@ -221,11 +228,11 @@ def head_pass(
     attend(query_rows, keys, values, block_table, block_size, seq_lens, attended)
     output = np.empty(x.shape, np.float32)
     project(o_proj, attended, output)
+    output += x
     normed = np.empty(x.shape, np.float32)
     for row in range(num_queries):
         squares = ZERO
         for index in range(x.shape[1]):
-            output[row, index] += x[row, index]
             squares += output[row, index] * output[row, index]
         factor = np.float32(1 / math.sqrt(squares / np.float32(x.shape[1]) + eps))
         for index in range(x.shape[1]):
@@ -239,9 +246,7 @@ def head_pass(
             value = gate[row, index]
             gate[row, index] = value / (np.float32(1) + exp(min(-value, np.float32(80)))) * up[row, index]
     project(down_proj, gate, x)
-    for row in range(num_queries):
-        for index in range(x.shape[1]):
-            output[row, index] += x[row, index]
+    output += x
     return output
 
 
@@ -251,14 +256,5 @@ def read_out(matrix, hidden, temperatures):
     probs = np.empty((hidden.shape[0], matrix[0].shape[0]), np.float32)
     project(matrix, hidden, probs)
     for row in range(probs.shape[0]):
-        own = probs[row]
-        largest = own[0]
-        for column in range(own.shape[0]):
-            largest = max(largest, own[column])
-        total = ZERO
-        for column in range(own.shape[0]):
-            own[column] = exp((own[column] - largest) / temperatures[row])
-            total += own[column]
-        for column in range(own.shape[0]):
-            own[column] /= total
+        probs[row] /= exponentials(probs[row], temperatures[row])
     return probs

@@ -31,6 +31,8 @@ class TorchPasses:
         read_out: Callable[[torch.Tensor], torch.Tensor],
     ):  # fmt: skip
         self.head = head
+        self.live = head
+        """What computes."""
         self.attention = attention
         self.read_out = read_out
         """Logits [B, V_draft] of the head's outputs [B, H]."""
@@ -49,7 +51,7 @@ class TorchPasses:
 
     def fuse(self, states: torch.Tensor) -> torch.Tensor:
         """[T, H] of the target's states that the head reads."""
-        return self.head.fuse(states)
+        return self.live.fuse(states)
 
     def forward(
         self, embeddings: torch.Tensor, hidden: torch.Tensor, position: torch.Tensor, slots: torch.Tensor,
@@ -58,10 +60,7 @@ class TorchPasses:
         """[B, H] at `rows` [B] of T, all where None; each is the last token of a sequence of `seq_lens` [B] int32
         tokens whose blocks are `block_table` [B, blocks] int32. Keys of all rows go to `slots` [T]."""
         attend = self.attention.plan(block_table=block_table, seq_lens=seq_lens, slots=slots)
-        return self._compute()(embeddings, hidden, position, attend, rows)
-
-    def _compute(self) -> EagleHead:
-        return self.head
+        return self.live(embeddings, hidden, position, attend, rows)
 
     def probs(self, hidden: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
         """[B, V_draft] float32 that follow outputs [B, H]."""
@@ -82,7 +81,6 @@ class CpuPasses(TorchPasses):
     ):
         super().__init__(head, attention, read_out)
         self.weights_changed()
-        self._cache = memory_of(attention.keys), memory_of(attention.values)
         self._output: tuple[np.ndarray, np.ndarray] | None = None
         one = torch.zeros(1, dtype=torch.int64)
         none = torch.zeros(1, head.shape.hidden_size, dtype=head.fc.weight.dtype)
@@ -91,19 +89,13 @@ class CpuPasses(TorchPasses):
         self._few_probs(matrix_of(head.fc.weight[:, : head.shape.hidden_size]), none, [1.0])
 
     def weights_changed(self) -> None:
-        self._packed = packed(self.head)
+        self.live = packed(self.head)
         self._weights = kernel_weights(self.head)
 
     def output_changed(self, weight: torch.Tensor) -> None:
         self.output_weight = weight
         self.read_out = PackedLinear(weight)
         self._output = matrix_of(weight)
-
-    def fuse(self, states: torch.Tensor) -> torch.Tensor:
-        return self._packed.fuse(states)
-
-    def _compute(self) -> EagleHead:
-        return self._packed
 
     def forward(
         self, embeddings: torch.Tensor, hidden: torch.Tensor, position: torch.Tensor, slots: torch.Tensor,
@@ -124,7 +116,7 @@ class CpuPasses(TorchPasses):
         queries = np.arange(len(position)) if rows is None else rows.numpy()
         output = head_pass(
             floats_of(embeddings), floats_of(hidden), position.numpy(), slots.numpy(), queries, block_table.numpy(),
-            self.attention.block_size, seq_lens.numpy(), *self._weights, *self._cache,
+            self.attention.block_size, seq_lens.numpy(), *self._weights, *self.attention.memory,
         )  # fmt: skip
         return torch.from_numpy(output).to(hidden.dtype)
 
@@ -154,6 +146,6 @@ def matrix_of(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(weights [N, K], scales [N] float32): float32 as it is, bfloat16 as the nearest of 255 steps of each row."""
     weight = weight.detach()
     if weight.dtype == torch.float32:
-        return weight.contiguous().numpy(), np.ones(len(weight), dtype=np.float32)
+        return memory_of(weight.contiguous()), np.ones(len(weight), dtype=np.float32)
     scales = weight.float().abs().amax(1).clamp(min=1e-30) / 127
     return (weight.float() / scales[:, None]).round().to(torch.int8).numpy(), scales.numpy()

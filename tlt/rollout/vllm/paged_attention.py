@@ -22,6 +22,7 @@ class CpuPagedAttention:
         self.keys, self.values = torch.zeros(
             2, num_blocks * block_size, shape.num_key_value_heads, shape.head_dim, dtype=dtype, device=device
         )
+        self.memory = memory_of(self.keys), memory_of(self.values)
 
     def plan(self, *, block_table: torch.Tensor, seq_lens: torch.Tensor, slots: torch.Tensor) -> Attend:
         """Attention of the last tokens of sequences of `seq_lens` [B] int32 tokens in the blocks of `block_table`
@@ -32,8 +33,7 @@ class CpuPagedAttention:
             self.keys[slots], self.values[slots] = k, v
             output = np.empty((len(q), q[0].numel()), dtype=np.float32)
             attend_rows(
-                floats_of(q.flatten(1)), memory_of(self.keys), memory_of(self.values), block_table.numpy(),
-                self.block_size, seq_lens.numpy(), output,
+                floats_of(q.flatten(1)), *self.memory, block_table.numpy(), self.block_size, seq_lens.numpy(), output
             )  # fmt: skip
             return torch.from_numpy(output).to(q.dtype).view_as(q)
 
