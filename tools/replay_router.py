@@ -1,4 +1,4 @@
-"""What a router of one head's draft lengths could come to, by replay of real responses (tlt/spec/router_replay.py).
+"""What a router of one head's draft lengths could come to, by replay of real responses (tlt/drafter/router_replay.py).
 
 tools/replay_router.py --model DIR --drafter DIR --sources 'reasoning-gym:...' --recording FILE --prompts 40
 
@@ -10,26 +10,19 @@ its --strategies. One group a rank; a rollout lasts as long as the slower of --r
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
-from tools.lone_engine import start_ranks  # noqa: E402
-from tools.prompt_flags import add_prompt_flags, prompt_builder, prompt_stream  # noqa: E402
-from tools.replay_trees import responses  # noqa: E402
+from tools.head_responses import add_response_flags, read_head_and_prompts  # noqa: E402
 from tools.speed_ceiling import ratios  # noqa: E402
-from tools.target_weights import make_target, read_rows  # noqa: E402
 
 FIXED = (1, 2, 3, 4, 5, 6, 8)
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--drafter", type=Path, required=True, metavar="DIR", help="EAGLE head for the model")
-    parser.add_argument("--sources", nargs="+", required=True, metavar="X", help="as --data-train of pretrain_rl.py")
-    add_prompt_flags(parser)
+    add_response_flags(parser)
     parser.add_argument("--recording", type=Path, required=True, metavar="FILE", help="costs of steps and passes")
     parser.add_argument("--prompts", type=int, default=40, help="groups (default: 40)")
     parser.add_argument("--group-size", type=int, default=8, help="responses to a prompt (default: 8)")
@@ -37,12 +30,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--longest", nargs="+", type=int, default=[8, 12, 16], metavar="N", help="drafts of the router"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="default: 1.0")
-    parser.add_argument("--max-tokens", type=int, default=768, help="of a response (default: 768)")
-    parser.add_argument("--max-model-len", type=int, default=1024, help="default: 1024")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: bfloat16")
-    parser.add_argument("--seed", type=int, default=1, help="default: 1")
-    parser.add_argument("--json", type=Path, help="file to write")
     return parser.parse_args(argv)
 
 
@@ -50,34 +37,34 @@ def costs_of(path: Path, group_size: int, longest: int):
     """Costs of a recording. Raises ValueError naming the flag."""
     import numpy as np
 
+    from tlt.drafter.router_replay import Costs
     from tlt.spec.recording import read_recording
-    from tlt.spec.router_replay import Costs
     from tlt.spec.step_model import fit_model
-    from tlt.spec.strategy import HEADS
 
     model = fit_model(read_recording(path, "--recording"))
-    heads = [model.drafters[name] for name in HEADS if name in model.drafters]
-    if not heads:
+    head = model.first_head()
+    if head is None:
         raise ValueError(f"--recording {path}: no rollout of it had a head alone (--strategies eagle:N)")
     tokens = group_size * (longest + 1)
     return Costs(
         step_s=np.array([model.steps.seconds(size) for size in range(tokens + 1)]),
-        pass_s=np.array([heads[0].passes.seconds(size) for size in range(group_size + 1)]),
+        pass_s=np.array([head.passes.seconds(size) for size in range(group_size + 1)]),
     )
 
 
-def response_of(head, sample, seed: int, *, target, depth: int, fold: int):
-    """Response of a sample; None where nothing can be drafted."""
+def response_of(head, text, *, target, depth: int, fold: int):
+    """Response of a SampledText; None where nothing can be drafted."""
     import numpy as np
     import torch
 
     from tlt.drafter.batch import pack, whole
     from tlt.drafter.losses import readout
+    from tlt.drafter.router_replay import Response
     from tlt.drafter.unroll import unroll
     from tlt.spec.race import confidence, race_with_leads
     from tlt.spec.randomness import TOKEN
-    from tlt.spec.router_replay import Response
 
+    sample = text.sample
     piece = whole(sample)
     if piece.num_starts == 0:
         return None
@@ -90,7 +77,7 @@ def response_of(head, sample, seed: int, *, target, depth: int, fold: int):
         probs = readout(step.output, target.output_weight, temperature=target.temperature).softmax(1)
         position = batch.row_position_ids[step.rows] + 2  # of the token that is drafted
         drawn, lead = race_with_leads(
-            probs, [seed] * len(position), position.tolist(), stream=TOKEN, token_ids=head.draft_token_ids
+            probs, [text.seed] * len(position), position.tolist(), stream=TOKEN, token_ids=head.draft_token_ids
         )
         rows = step.starts.numpy()
         stands[rows, index] = (ids[drawn] == sample.token_ids.long()[position]).numpy()
@@ -105,7 +92,16 @@ def response_of(head, sample, seed: int, *, target, depth: int, fold: int):
 def table(groups: list, costs, *, longest: list[int], num_ranks: int) -> list[dict]:
     """Rows of what each choice comes to, against plain decoding and the best fixed length."""
     from tlt.drafter.calibration import CONFIDENCE_EDGES
-    from tlt.spec.router_replay import Routed, calibrated, depth_rates, explained, fixed, foreseen, rollout_s, routed_s
+    from tlt.drafter.router_replay import (
+        Routed,
+        calibrated,
+        depth_rates,
+        explained,
+        fixed,
+        foreseen,
+        rollout_s,
+        routed_s,
+    )
 
     every = [one for group in groups for one in group]
     plain = [rollout_s(group, fixed(0), costs) for group in groups]
@@ -136,40 +132,26 @@ def table(groups: list, costs, *, longest: list[int], num_ranks: int) -> list[di
 
 def main(argv: list[str]) -> int:
     args = arguments(argv)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    import torch
-    from transformers import AutoTokenizer
-
-    from tlt.config import SpecConfig, read_hf_config
-    from tlt.drafter.model import load_head
-    from tlt.provenance import git_commit
-    from tlt.rollout.vllm.speculation import read_spec_plan
-    from tlt.spec.randomness import request_seed
-    from tlt.spec.router_replay import FOLDS
-    from tlt.types import prompt_id_of
-
     depth = max(*args.longest, *FIXED)
     try:
         costs = costs_of(args.recording, args.group_size, depth)
-        hf_config = read_hf_config(args.model)
-        head = load_head(args.drafter, flag="--drafter", target_config=hf_config, dtype=torch.float32)
-        spec = SpecConfig(hidden_states_mib=6144)
-        plan = read_spec_plan(spec, target_config=hf_config, dtype=getattr(torch, args.dtype), tp_size=1)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        prompts = prompt_stream(args, prompt_builder(args, tokenizer)).next_batch(args.prompts)
+        read = read_head_and_prompts(args)
     except ValueError as error:
         print(f"replay_router.py: error: {error}", file=sys.stderr)
         return 2
-    start_ranks()
-    samples = responses(args, plan, hf_config, tokenizer, prompts, group_size=args.group_size)
-    target = make_target(*read_rows(args.model, hf_config), head.draft_token_ids, temperature=args.temperature)
-    folds = {prompt.prompt_id: index % FOLDS for index, prompt in enumerate(prompts)}
+    import torch
+
+    from tlt.drafter.router_replay import FOLDS
+    from tlt.provenance import git_commit
+    from tlt.types import prompt_id_of
+
+    texts, target = read.responses(group_size=args.group_size), read.target()
+    folds = {prompt.prompt_id: index % FOLDS for index, prompt in enumerate(read.prompts)}
     groups: dict[str, list] = {}
     with torch.no_grad():
-        for sample in samples:
-            prompt_id = prompt_id_of(sample.request_id)
-            seed = request_seed(args.seed, prompt_id, int(sample.request_id.rpartition("#")[2]))
-            found = response_of(head, sample, seed, target=target, depth=depth, fold=folds[prompt_id])
+        for text in texts:
+            prompt_id = prompt_id_of(text.sample.request_id)
+            found = response_of(read.head, text, target=target, depth=depth, fold=folds[prompt_id])
             if found is not None:
                 groups.setdefault(prompt_id, []).append(found)
     ranks = list(groups.values())[: len(groups) // args.ranks * args.ranks]

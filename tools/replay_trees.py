@@ -11,14 +11,11 @@ leaves out that a tree drafts more rows and that its attention needs a mask.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
-from tools.lone_engine import make_engine, start_ranks  # noqa: E402
-from tools.prompt_flags import add_prompt_flags, prompt_builder, prompt_stream  # noqa: E402
-from tools.target_weights import make_target, read_rows  # noqa: E402
+from tools.head_responses import add_response_flags, read_head_and_prompts  # noqa: E402
 
 MAX_RANK = 8
 """Candidates of a node that are told apart."""
@@ -28,18 +25,9 @@ SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--drafter", type=Path, required=True, metavar="DIR", help="EAGLE head for the model")
-    parser.add_argument("--sources", nargs="+", required=True, metavar="X", help="as --data-train of pretrain_rl.py")
-    add_prompt_flags(parser)
+    add_response_flags(parser)
     parser.add_argument("--prompts", type=int, default=64, help="one response each (default: 64)")
     parser.add_argument("--depth", type=int, default=12, help="of the deepest node (default: 12)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="default: 1.0")
-    parser.add_argument("--max-tokens", type=int, default=768, help="of a response (default: 768)")
-    parser.add_argument("--max-model-len", type=int, default=1024, help="default: 1024")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: bfloat16")
-    parser.add_argument("--seed", type=int, default=1, help="default: 1")
-    parser.add_argument("--json", type=Path, help="file to write")
     return parser.parse_args(argv)
 
 
@@ -102,60 +90,22 @@ def rows(kind: str, responses: list[list[tuple[int, ...]]], *, depth: int) -> li
     return result
 
 
-def responses(
-    args: argparse.Namespace, plan, hf_config: dict, tokenizer, prompts: list, *, group_size: int = 1
-) -> list:
-    """Hidden states of `group_size` responses to each prompt, by an engine that drafts nothing."""
-    from tlt.build import stop_token_ids
-    from tlt.config import RolloutConfig
-    from tlt.types import SamplingConfig
-
-    engine = make_engine(
-        RolloutConfig(max_model_len=args.max_model_len, max_response_tokens=args.max_tokens),
-        hf_model=args.model, dtype=args.dtype, plan=plan,
-        stop_token_ids=stop_token_ids(Path(args.model), hf_config, tokenizer),
-    )  # fmt: skip
-    sampling = SamplingConfig(temperature=args.temperature, max_response_tokens=args.max_tokens)
-    engine.generate(prompts, sampling, group_size=group_size, seed=args.seed, on_finished=lambda *_: None)
-    samples = engine.hidden_state_samples()
-    engine.close()
-    return samples
-
-
 def main(argv: list[str]) -> int:
     args = arguments(argv)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    import torch
-    from transformers import AutoTokenizer
-
-    from tlt.config import SpecConfig, read_hf_config
-    from tlt.drafter.model import load_head
-    from tlt.provenance import git_commit
-    from tlt.rollout.vllm.speculation import read_spec_plan
-    from tlt.spec.randomness import request_seed
-    from tlt.types import prompt_id_of
-
     try:
-        hf_config = read_hf_config(args.model)
-        head = load_head(args.drafter, flag="--drafter", target_config=hf_config, dtype=torch.float32)
-        spec = SpecConfig(hidden_states_mib=4096)
-        plan = read_spec_plan(spec, target_config=hf_config, dtype=getattr(torch, args.dtype), tp_size=1)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        prompts = prompt_stream(args, prompt_builder(args, tokenizer)).next_batch(args.prompts)
+        found = read_head_and_prompts(args)
     except ValueError as error:
         print(f"replay_trees.py: error: {error}", file=sys.stderr)
         return 2
-    start_ranks()
-    samples = responses(args, plan, hf_config, tokenizer, prompts)
-    target = make_target(*read_rows(args.model, hf_config), head.draft_token_ids, temperature=args.temperature)
+    import torch
+
+    from tlt.provenance import git_commit
+
+    texts, target = found.responses(group_size=1), found.target()
     with torch.no_grad():
-        seeds = [request_seed(args.seed, prompt_id_of(sample.request_id), 0) for sample in samples]
-        found = [
-            paths_of(head, sample, seed, target=target, depth=args.depth)
-            for sample, seed in zip(samples, seeds, strict=True)
-        ]  # fmt: skip
+        paths = [paths_of(found.head, text.sample, text.seed, target=target, depth=args.depth) for text in texts]
     result = [
-        row for kind in ("coupled", "one-hot") for row in rows(kind, [own[kind] for own in found], depth=args.depth)
+        row for kind in ("coupled", "one-hot") for row in rows(kind, [own[kind] for own in paths], depth=args.depth)
     ]  # fmt: skip
     columns = ("drafts", "verified", "chain", "tree", "deepest")
     print(
@@ -165,7 +115,7 @@ def main(argv: list[str]) -> int:
         cells = [f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in columns]
         print("| " + " | ".join(cells) + f" | {row['tree'] / row['chain']:.3f} |")
     if args.json:
-        about = {"commit": git_commit(), "command": argv, "responses": len(found)}
+        about = {"commit": git_commit(), "command": argv, "responses": len(texts)}
         args.json.write_text(json.dumps({"about": about, "rows": result}, indent=1) + "\n")
     return 0
 

@@ -103,14 +103,13 @@ def rows(
 ) -> list[tuple[str, float, float]]:
     """(what is assumed, x plain in the median, of sums). Raises ValueError without `pass_s` where no head drafted."""
     from tlt.spec.step_model import fit_model
-    from tlt.spec.strategy import HEADS
 
     model = fit_model(recorded)
     if pass_s is None:
-        heads = [model.drafters[name] for name in HEADS if name in model.drafters]
-        if not heads:
+        head = model.first_head()
+        if head is None:
             raise ValueError("no rollout of the recording had a head alone: --pass-ms is needed")
-        pass_s = heads[0].passes.seconds
+        pass_s = head.passes.seconds
     policies: dict[str, list] = {}
     for rollout in recorded:
         policies.setdefault(rollout.policy, []).append(rollout)

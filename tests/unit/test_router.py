@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlt.drafter.calibration import Calibration, cell_centres
-from tlt.drafter.router import SUFFIX, Candidate, DraftRouter, is_probe, paying_depth, take
+from tlt.drafter.router import SUFFIX, Candidate, DraftRouter, is_probe
+from tlt.drafter.worth import paying_depth, take
 from tlt.rollout.placement import longest_first, place_groups
 from tlt.spec.cost_model import MIN_RATE_STEPS, NO_PRICES, CostModel, Curve, Prices, bin_of, rising
 

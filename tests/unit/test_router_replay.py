@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tlt.spec.router_replay import (
+from tlt.drafter.router_replay import (
     Costs,
     Response,
     Routed,
@@ -93,4 +93,4 @@ def test_estimates_come_from_other_folds(groups):
     ]  # fmt: skip
     after = calibrated(turned, "sharp", EDGES)
     for old, new in zip(every, turned, strict=True):
-        assert np.array_equal(before[id(old)], after[id(new)]) == (old.fold == 0)
+        assert np.array_equal(before[old], after[new]) == (old.fold == 0)

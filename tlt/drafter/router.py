@@ -19,6 +19,7 @@ import numpy as np
 
 from tlt.drafter.calibration import NUM_CONFIDENCES, Calibration, cell_centres
 from tlt.drafter.trust import Trust
+from tlt.drafter.worth import paying_depth, take, trusted, worth_a_pass, worth_verifying
 from tlt.spec.cost_model import NO_PRICES, Prices
 
 SUFFIX = "suffix"
@@ -199,11 +200,9 @@ class DraftRouter:
             rows = np.repeat(free, counts[free])[order] if free else np.zeros(0, dtype=int)
             fixed = int(counts.sum()) - len(worth)
             verify_s = np.array(self.prices.verify_s[fixed : fixed + len(worth) + 1])
-            gain = np.cumsum(np.concatenate([[0.0], worth[order]]))[: len(verify_s)]
-            # In a step poorer than the last ones their rate cannot be had: at that price it would draft nothing.
             sure = self.num_running + sum(float(one.sum()) for row, one in enumerate(standings) if is_fixed[row])
-            rate = min(self.rate, float(((sure + gain) / (verify_s + self.passes_s)).max()))
-            kept = np.bincount(rows[: int((gain - rate * verify_s).argmax())], minlength=len(standings))
+            count = worth_verifying(worth[order], verify_s, sure=sure, passes_s=self.passes_s, rate=self.rate)
+            kept = np.bincount(rows[:count], minlength=len(standings))
             counts = np.where(is_fixed, counts, kept)
         self.num_planned = int(counts.sum())
         return counts.tolist()
@@ -322,11 +321,7 @@ class DraftRouter:
         kind = min(depth, NUM_DEPTHS - 1)
         rate = [self.depth_rates[name, one].table()[kind, 0] for one in (False, True)]
         worth = standing * trusted(np.where(is_random, rate[1], rate[0]), factors)
-        net = worth - self.rate * self._row_s(name)
-        wants = net > 0
-        if net[wants].sum() <= self.rate * self.prices.pass_s.get(name, 0.0):
-            wants[:] = False
-        return wants
+        return worth_a_pass(worth, self.rate * self._row_s(name), self.rate * self.prices.pass_s.get(name, 0.0))
 
     def stands(self, name: str, depth: int, is_random: bool, confidences: np.ndarray) -> np.ndarray:
         """[B] probability that a head's tokens at this depth stand, by its confidence, before trust."""
@@ -347,32 +342,6 @@ class DraftRouter:
         expected = calibration.observe(kinds, confidences.tolist(), num_stood)
         for table, name in self._levels(request, group):
             table.setdefault((drafter, name), Trust()).count(expected, num_stood)
-
-
-def trusted(stands: np.ndarray, factors: np.ndarray | float) -> np.ndarray:
-    """Probabilities that tokens stand, scaled by trust; never quite 1."""
-    return np.minimum(stands * factors, 0.999)
-
-
-def take(worth: np.ndarray, price: float, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(number of tokens worth their price, worth beyond it, worth), each [B], of falling [B, K] worths."""
-    head = worth[:, :longest]
-    pays = np.logical_and.accumulate(head > price, axis=1)
-    gain = (head * pays).sum(1)
-    num = pays.sum(1)
-    return num, gain - price * num, gain
-
-
-def paying_depth(worth: np.ndarray, num: np.ndarray, price: float, pass_price: float, given_up: np.ndarray) -> int:
-    """Passes that a head should make for rows that want [B] tokens: the depth at which the worth of all rows, less
-    passes, is largest; `given_up` [B] is what they would be worth without it. 0 if it is less than that."""
-    deepest = int(num.max(initial=0))
-    if deepest == 0:
-        return 0
-    wants = np.arange(deepest) < num[:, None]
-    net = np.cumsum(((worth[:, :deepest] - price) * wants).sum(0) - pass_price)
-    depth = int(net.argmax()) + 1
-    return depth if net[depth - 1] > given_up[num > 0].sum() else 0
 
 
 def token_kinds(drafter: str, match_length: int, count: int) -> list[int]:

@@ -14,7 +14,7 @@ import numpy as np
 from tlt.spec.cost_model import Curve
 from tlt.spec.cost_policy import num_passes
 from tlt.spec.recording import RecordedRollout
-from tlt.spec.strategy import ADAPTIVE, DecodeStep
+from tlt.spec.strategy import ADAPTIVE, HEADS, DecodeStep
 from tlt.types import OFF, SpecStrategy
 
 NUM_STATED_NOISES = 2000
@@ -66,6 +66,10 @@ class StepModel:
     drafters: Mapping[str, DrafterModel]
     noise: np.ndarray
     """Samples of a step's time over its curve's."""
+
+    def first_head(self) -> DrafterModel | None:
+        """The first head of those that drafted alone."""
+        return next((self.drafters[name] for name in HEADS if name in self.drafters), None)
 
     def expected(self, arm: SpecStrategy, num_running: int, *, share: float = 1.0) -> tuple[float, float]:
         """(tokens, seconds) of a step on average."""

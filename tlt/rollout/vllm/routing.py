@@ -5,7 +5,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tlt.drafter.router import Candidate, DraftRouter, trusted
+from tlt.drafter.router import Candidate, DraftRouter
+from tlt.drafter.worth import trusted
 from tlt.rollout.vllm.learned_drafter import AsAsked, DraftLimit, DraftRequest, LearnedDrafter
 from tlt.rollout.vllm.ledger import Proposal
 from tlt.rollout.vllm.suffix_drafter import SuffixDrafter

@@ -12,17 +12,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tlt.drafter.calibration import PRIOR_WEIGHT
+from tlt.drafter.router import NUM_DEPTHS
+from tlt.drafter.worth import worth_a_pass, worth_verifying
+
 FOLDS = 4
 """Groups are split into so many; what is known of a fold's tokens comes from the others."""
-NUM_KINDS = 6
-"""Depths that are told apart, the last one for all deeper."""
-PRIOR, PRIOR_WEIGHT = 0.8, 6.0
+PRIOR = 0.8
 """Of each cell."""
 ROUNDS = 3
 """A rate is what steps came to in the round before."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Response:
     """Drafts of a head along one response: row n is the one that begins when all but N - n tokens are known."""
 
@@ -83,8 +85,8 @@ def foreseen(longest: int, costs: Costs) -> Choice:
 class Routed:
     """As `DraftRouter` with one head: passes while they are expected to pay, then the cut."""
 
-    def __init__(self, estimates: Mapping[int, np.ndarray], depths: np.ndarray, longest: int, costs: Costs):
-        self.estimates = estimates  # [N, D] by id of a response: that a drafted token stands if those before it do
+    def __init__(self, estimates: Mapping[Response, np.ndarray], depths: np.ndarray, longest: int, costs: Costs):
+        self.estimates = estimates  # [N, D]: that a drafted token stands if those before it do
         self.depths = depths  # [D] the same before it is drafted
         self.longest = longest
         self.costs = costs
@@ -97,22 +99,22 @@ class Routed:
         token_s = (step_s[5 * size] - step_s[size]) / (4 * size)
         row_s = (pass_s[size] - pass_s[1]) / max(size - 1, 1)
         worth = np.zeros((size, self.longest))
-        standing, wants, passes = np.ones(size), np.ones(size, dtype=bool), []
+        standing, passes = np.ones(size), []
         for depth in range(self.longest):
-            net = standing * self.depths[depth] - rate * (token_s + row_s)
-            wants = wants & (net > 0)
-            if net[wants].sum() <= rate * (pass_s[1] - row_s):
+            worth_now = standing * self.depths[depth]
+            wants = worth_a_pass(worth_now, rate * (token_s + row_s), rate * (pass_s[1] - row_s))
+            if not wants.any():
                 break
             passes.append(int(wants.sum()))
-            told = np.array([self.estimates[id(group[index])][row, depth] for index, row in running])
+            told = np.array([self.estimates[group[index]][row, depth] for index, row in running])
             standing = np.where(wants, standing * told, 0.0)
             worth[:, depth] = standing
         rows, _ = np.nonzero(worth)
         order = np.argsort(-worth[worth > 0], kind="stable")
-        gain = np.cumsum(np.concatenate([[0.0], worth[worth > 0][order]]))
-        seconds = step_s[size : size + len(gain)]
-        reached = ((size + gain) / (seconds + pass_s[passes].sum())).max()
-        kept = int((gain - min(rate, reached) * seconds).argmax())
+        falling = worth[worth > 0][order]
+        kept = worth_verifying(
+            falling, step_s[size : size + len(falling) + 1], sure=size, passes_s=float(pass_s[passes].sum()), rate=rate
+        )
         return np.bincount(rows[order[:kept]], minlength=size), passes
 
 
@@ -146,22 +148,22 @@ def routed_s(groups: Sequence[Sequence[Response]], routed: Routed, costs: Costs)
     return seconds
 
 
-def calibrated(responses: Sequence[Response], signal: str, edges: np.ndarray) -> dict[int, np.ndarray]:
-    """[N, D] estimates by id of a response: how often tokens of its depth and its signal's cell stood in the other
+def calibrated(responses: Sequence[Response], signal: str, edges: np.ndarray) -> dict[Response, np.ndarray]:
+    """[N, D] estimates of each response: how often tokens of its depth and its signal's cell stood in the other
     folds."""
     tables = {}
     for fold in range(FOLDS):
-        decided, stood = np.zeros((2, NUM_KINDS, len(edges) + 1))
+        decided, stood = np.zeros((2, NUM_DEPTHS, len(edges) + 1))
         for one in responses:
             for depth in range(one.stands.shape[1] if one.fold != fold else 0):
-                rows, kind = one.decided(depth), min(depth, NUM_KINDS - 1)
+                rows, kind = one.decided(depth), min(depth, NUM_DEPTHS - 1)
                 cells = np.searchsorted(edges, one.signals[signal][rows, depth], side="right")
                 np.add.at(decided[kind], cells, 1)
                 np.add.at(stood[kind], cells, one.stands[rows, depth])
         tables[fold] = (stood + PRIOR_WEIGHT * PRIOR) / (decided + PRIOR_WEIGHT)
-    kinds = np.minimum(np.arange(responses[0].stands.shape[1]), NUM_KINDS - 1)
+    kinds = np.minimum(np.arange(responses[0].stands.shape[1]), NUM_DEPTHS - 1)
     return {
-        id(one): tables[one.fold][kinds, np.searchsorted(edges, one.signals[signal], side="right")]
+        one: tables[one.fold][kinds, np.searchsorted(edges, one.signals[signal], side="right")]
         for one in responses
     }  # fmt: skip
 
@@ -175,13 +177,13 @@ def depth_rates(responses: Sequence[Response]) -> np.ndarray:
     return np.array(found)
 
 
-def explained(responses: Sequence[Response], estimates: Mapping[int, np.ndarray]) -> float:
+def explained(responses: Sequence[Response], estimates: Mapping[Response, np.ndarray]) -> float:
     """Share of the variance of standing or not that estimates explain, of all tokens that are decided on."""
     told, stood = [], []
     for one in responses:
         for depth in range(one.stands.shape[1]):
             rows = one.decided(depth)
-            told.append(estimates[id(one)][rows, depth])
+            told.append(estimates[one][rows, depth])
             stood.append(one.stands[rows, depth])
     told, stood = np.concatenate(told), np.concatenate(stood)
     return float(1 - ((told - stood) ** 2).mean() / stood.var())
