@@ -120,11 +120,17 @@ print(json.dumps(found, indent=1))
 PYTHON
 }
 
-e2e() {  # whole RL, full against plain
-    local quick=()
-    [[ $reduced == 1 ]] && quick=(--quick)
+e2e() {  # whole RL, full (without a head: the suffix drafter) against plain; each commit has runs of its own
+    local modes=plain,suffix:8 quick=() flags=(--rollout-max-response-tokens 4096 --rollout-max-model-len 8192) commit
+    commit="$(git rev-parse --short HEAD 2>/dev/null || echo no-commit)"
+    if [[ -n "${DRAFTER_DIR:-}" ]]; then
+        modes=plain,full
+    fi
+    if [[ $reduced == 1 ]]; then  # --quick has responses of its own length
+        quick=(--quick) flags=(--no-bf16)
+    fi
     "$python" tools/bench_e2e.py --hf-model "$MODEL_DIR" ${drafter[0]:+--drafter "${drafter[@]}"} --ranks 1 \
-        --out "$OUT/e2e" ${quick[0]:+"${quick[@]}"} -- --data-train "$sources"
+        --modes "$modes" --out "$OUT/e2e_$commit" ${quick[0]:+"${quick[@]}"} -- --data-train "$sources" "${flags[@]}"
 }
 
 if [[ "${1:-}" == --run-stage ]]; then  # in a shell of its own, so that a time limit and `set -e` hold

@@ -48,8 +48,9 @@ def test_an_unknown_stage_is_refused(tiny_models, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_all_stages_run(tiny_models, tmp_path):
-    stages = ["parity", "lossless", "step_cost", "rollout", "sync"]
+    stages = ["parity", "lossless", "step_cost", "rollout", "sync", "e2e"]
     process = run(tmp_path, tiny_models["llama"], *stages)
     logs = "\n".join(path.read_text()[-1000:] for path in tmp_path.glob("*.log"))
     assert process.returncode == 0, process.stdout + process.stderr + logs
@@ -57,3 +58,5 @@ def test_all_stages_run(tiny_models, tmp_path):
     assert {row["strategy"] for row in rows} == {"plain", "off", "suffix:4", "adaptive:8"}
     assert (tmp_path / "step_cost_replay.md").exists()
     assert len(json.loads((tmp_path / "sync.json").read_text())["weight_sync/push_s"]) == 2
+    found = json.loads(next(tmp_path.glob("e2e_*.json")).read_text())
+    assert {row["mode"] for row in found["rows"]} == {"plain", "suffix:8"}
