@@ -2,7 +2,7 @@
 # Every measurement that needs a GPU, in stages that do not depend on each other: benchmarks/gpu_suite.sh [STAGE ...]
 # Without arguments all run. A stage that ended well for the same settings is not repeated, one that fails or takes
 # longer than LIMIT_S stops no other one, so that the suite can be called again and again for a few minutes each.
-#   OUT          folder of results, one a stage: STAGE.log, STAGE.status and what its tool writes
+#   OUT          folder of results, of each stage STAGE.log, STAGE.status and what its tool writes
 #   MODEL_DIR    Hugging Face directory of the policy
 #   DRAFTER_DIR  EAGLE head of it; without one only drafters that look up are measured
 #   SOURCES      problems, as --data-train of pretrain_rl.py (default: sums of reasoning-gym)
@@ -13,6 +13,9 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 stages=(environment parity lossless step_cost graphs rollout sync e2e)
 : "${OUT:?set OUT to the folder of results}"
 : "${MODEL_DIR:?set MODEL_DIR to the Hugging Face directory of the policy}"
+OUT="$(realpath -m "$OUT")"  # relative to where the suite was called
+MODEL_DIR="$(realpath -m "$MODEL_DIR")"
+[[ -z "${DRAFTER_DIR:-}" ]] || DRAFTER_DIR="$(realpath -m "$DRAFTER_DIR")"
 sources="${SOURCES:-reasoning-gym:chain_sum}"
 python="${PYTHON:-$root/.venv/bin/python}"
 reduced="${REDUCED:-0}"
@@ -152,8 +155,8 @@ for stage in "${@:-${stages[@]}}"; do
         continue
     fi
     begin=$SECONDS status=0
-    timeout --kill-after 10 "${LIMIT_S:-540}" bash "${BASH_SOURCE[0]}" --run-stage "$stage" >"$OUT/$stage.log" 2>&1 ||
-        status=$?
+    timeout --kill-after 10 "${LIMIT_S:-540}" bash "$root/benchmarks/gpu_suite.sh" --run-stage "$stage" \
+        >"$OUT/$stage.log" 2>&1 || status=$?
     echo "$status $settings" >"$OUT/$stage.status"
     echo "$stage: status $status after $((SECONDS - begin)) s, $OUT/$stage.log"
     [[ $status == 0 ]] || failed+=("$stage")

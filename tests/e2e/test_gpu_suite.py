@@ -12,14 +12,15 @@ from tests.e2e.runs import ROOT, SUMS
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
 
-def run(out, model, *stages: str, **variables: str) -> subprocess.CompletedProcess:
+def run(out, model, *stages: str, cwd=ROOT, **variables: str) -> subprocess.CompletedProcess:
+    """From the folder `cwd`, which names the script as one does there."""
     given = {
         "OUT": str(out), "MODEL_DIR": str(model), "SOURCES": SUMS, "PYTHON": sys.executable, "REDUCED": "1",
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return subprocess.run(
-        ["bash", str(ROOT / "benchmarks/gpu_suite.sh"), *stages], env={**os.environ, **given, **variables},
-        capture_output=True, text=True,
+        ["bash", os.path.relpath(ROOT / "benchmarks/gpu_suite.sh", cwd), *stages],
+        env={**os.environ, **given, **variables}, cwd=cwd, capture_output=True, text=True,
     )  # fmt: skip
 
 
@@ -39,6 +40,13 @@ def test_a_stage_that_takes_too_long_stops_no_other(tiny_models, tmp_path):
     assert process.returncode == 1
     assert "failed: environment graphs" in process.stderr
     assert (tmp_path / "environment.status").read_text().startswith("124 ")
+
+
+def test_folders_are_relative_to_where_it_is_called(tiny_models, tmp_path):
+    process = run("out", os.path.relpath(tiny_models["llama"], tmp_path), "graphs", cwd=tmp_path)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert (tmp_path / "out" / "graphs.json").exists()
+    assert f" {tiny_models['llama'].resolve()} " in (tmp_path / "out" / "graphs.status").read_text()
 
 
 def test_an_unknown_stage_is_refused(tiny_models, tmp_path):
