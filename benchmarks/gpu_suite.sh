@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Every measurement that needs a GPU, in stages that do not depend on each other: benchmarks/gpu_suite.sh [STAGE ...]
+# Measurements that need a GPU, in stages that do not depend on each other: benchmarks/gpu_suite.sh [STAGE ...]
 # Without arguments all run. A stage that ended well for the same settings is not repeated, one that fails or takes
 # longer than LIMIT_S stops no other one, so that the suite can be called again and again for a few minutes each.
+# Not among them: the memory that CUDA graphs take.
 #   OUT          folder of results, of each stage STAGE.log, STAGE.status and what its tool writes
 #   MODEL_DIR    Hugging Face directory of the policy
 #   DRAFTER_DIR  EAGLE head of it; without one only drafters that look up are measured
@@ -10,7 +11,7 @@
 #   REDUCED      1: small counts, to see on a CPU that all of it runs; its figures mean nothing
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-stages=(environment parity lossless step_cost graphs rollout sync e2e)
+stages=(environment parity lossless step_cost graphs rollout sync sleep_wake e2e)
 : "${OUT:?set OUT to the folder of results}"
 : "${MODEL_DIR:?set MODEL_DIR to the Hugging Face directory of the policy}"
 OUT="$(realpath -m "$OUT")"  # relative to where the suite was called
@@ -108,19 +109,46 @@ rollout() {  # whole rollouts, paired with plain
     bench_rollout rollout "plain,off,$arms:4,adaptive:8" --requests-per-rank "${batches[@]}" --group-size 1
 }
 
-sync() {  # RL with Megatron and vLLM on one GPU: seconds of each weight sync, update and rollout
+sync() {  # RL with Megatron and vLLM on one GPU: seconds of each weight sync, update and rollout; how long a copy takes
     rm -rf "$OUT/sync.run"
     "$python" -m torch.distributed.run --standalone --nproc_per_node 1 pretrain_rl.py --hf-model "$MODEL_DIR" \
         --save "$OUT/sync.run" --data-train "$sources" --eval-num-prompts 2 "${rl[@]}"
-    "$python" - "$OUT/sync.run/metrics.jsonl" "$OUT/sync.json" <<'PYTHON'
-import json, sys
+    "$python" - "$OUT/sync.run/metrics.jsonl" "$MODEL_DIR" "$OUT/sync.json" <<'PYTHON'
+import json, math, sys, time
 from pathlib import Path
-rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+import torch
+from safetensors import safe_open
+metrics, model, out = map(Path, sys.argv[1:])
+rows = [json.loads(line) for line in metrics.read_text().splitlines()]
 names = ("weight_sync/push_s", "policy/update_s", "policy/logprobs_s", "rollout/duration_s")
 found = {name: [row[name] for row in rows if name in row] for name in names}
-Path(sys.argv[2]).write_text(json.dumps(found, indent=1) + "\n")
+num_weights = 0
+for path in model.glob("*.safetensors"):
+    with safe_open(path, framework="pt") as file:
+        num_weights += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+found["policy_bytes"] = 2 * num_weights  # bf16
+if torch.cuda.is_available():  # the copy bound: the policy's bytes from one place of the GPU to another
+    source, copies = torch.zeros(2**30, dtype=torch.uint8, device="cuda"), 20
+    target = source.clone()
+    torch.cuda.synchronize()
+    begin_s = time.perf_counter()
+    for _ in range(copies):
+        target.copy_(source)
+    torch.cuda.synchronize()
+    found["copied_bytes_per_s"] = copies * source.numel() / (time.perf_counter() - begin_s)
+    found["copy_bound_s"] = found["policy_bytes"] / found["copied_bytes_per_s"]
+out.write_text(json.dumps(found, indent=1) + "\n")
 print(json.dumps(found, indent=1))
 PYTHON
+}
+
+sleep_wake() {  # an engine frees its memory, takes it again and loads weights, three times with read-back; same text
+    if [[ -z "${DRAFTER_DIR:-}" ]] || ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        echo "sleep_wake: left out: it needs a GPU and DRAFTER_DIR"
+        return
+    fi
+    "$python" benchmarks/lent_gpu/look.py --model "$MODEL_DIR" --drafter "$DRAFTER_DIR" --strategies off,eagle:4 \
+        --batches 8 --sleep --json "$OUT/sleep_wake.json"
 }
 
 e2e() {  # whole RL, full (without a head: the suffix drafter) against plain; each commit has runs of its own

@@ -124,7 +124,8 @@ class Look:
         import torch
         from safetensors.torch import load_file
 
-        weights = {name: one.cuda() for name, one in load_file(f"{self.args.model}/model.safetensors").items()}
+        files = sorted(Path(self.args.model).glob("*.safetensors"))
+        weights = {name: one.cuda() for path in files for name, one in load_file(path).items()}
         before, _ = self.run("eagle:4", 8, temperature=0.0, seed=5)
         for name, step in (("sleep", self.engine.sleep), ("wake", self.engine.wake)):
             begin_s = time.perf_counter()

@@ -25,8 +25,9 @@ def run(out, model, *stages: str, cwd=ROOT, **variables: str) -> subprocess.Comp
 
 
 def test_a_stage_leaves_files_and_is_not_repeated(tiny_models, tmp_path):
-    process = run(tmp_path, tiny_models["llama"], "environment", "graphs")
+    process = run(tmp_path, tiny_models["llama"], "environment", "graphs", "sleep_wake", DRAFTER_DIR="")
     assert process.returncode == 0, process.stdout + process.stderr
+    assert "needs a GPU and DRAFTER_DIR" in (tmp_path / "sleep_wake.log").read_text()
     assert json.loads((tmp_path / "environment.json").read_text())["packages"]["megatron-core"] == "0.16.1"
     plans = json.loads((tmp_path / "graphs.json").read_text())
     tokens = {name: plan["captured_tokens"] for name, plan in plans.items()}
@@ -65,6 +66,9 @@ def test_all_stages_run(tiny_models, tmp_path):
     rows = json.loads((tmp_path / "rollout.json").read_text())["rows"]
     assert {row["strategy"] for row in rows} == {"plain", "off", "suffix:4", "adaptive:8"}
     assert (tmp_path / "step_cost_replay.md").exists()
-    assert len(json.loads((tmp_path / "sync.json").read_text())["weight_sync/push_s"]) == 2
+    sync = json.loads((tmp_path / "sync.json").read_text())
+    assert len(sync["weight_sync/push_s"]) == 2
+    in_fp32 = (tiny_models["llama"] / "model.safetensors").stat().st_size
+    assert sync["policy_bytes"] == pytest.approx(in_fp32 / 2, rel=0.02)
     found = json.loads(next(tmp_path.glob("e2e_*.json")).read_text())
     assert {row["mode"] for row in found["rows"]} == {"plain", "suffix:8"}
