@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Create the project's Python environment in .venv (VENV names another folder). Idempotent; takes well under a second
-# when nothing changed. `--gpu` installs requirements.txt instead of the CPU lock.
+# when nothing changed. `--gpu` installs requirements.txt instead of the CPU lock. An environment of the other kind is
+# made anew.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${VENV:-$root/.venv}"
@@ -12,7 +13,7 @@ case "${1:-}" in
     --gpu) kind=gpu ;;
     *) echo "setup_env.sh: error: unknown argument $1; allowed is --gpu" >&2; exit 2 ;;
 esac
-inputs=(requirements.txt)
+inputs=(requirements.txt requirements-gpu-build.txt)
 [[ $kind == cpu ]] && inputs=(requirements-cpu.txt requirements-cpu-nodeps.txt)
 stamp="$kind $(cat "${inputs[@]}" tools/setup_env.sh | sha256sum | cut -c1-16)"
 
@@ -28,12 +29,21 @@ if [[ $version != 3.11 && $version != 3.12 ]]; then
     exit 2
 fi
 echo "setup_env.sh: installing the $kind environment into $venv (about 3 minutes)"
-"$python" -m venv "$venv"
+# What one kind installs would stay in the other: 2.13.0+cpu satisfies torch==2.13.0. What was stopped goes on.
+before="$(cut -d' ' -f1 "$venv/.stamp" 2>/dev/null || true)"
+clear=()
+[[ -z $before || $before == "$kind" ]] || clear=(--clear)
+"$python" -m venv ${clear[0]:+"${clear[@]}"} "$venv"
+echo "$kind incomplete" >"$venv/.stamp"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 
 if [[ $kind == gpu ]]; then
     "${pip[@]}" install -r requirements.txt
-    "${pip[@]}" install --no-build-isolation -r requirements-gpu-build.txt
+    mapfile -t optional < <(grep -v '^#' requirements-gpu-build.txt)
+    for package in "${optional[@]}"; do
+        "${pip[@]}" install --no-build-isolation "$package" ||
+            echo "setup_env.sh: $package was not installed; the project runs without it (requirements-gpu-build.txt)" >&2
+    done
 else
     torch="$(grep -o '^torch==[^ ]*' requirements-cpu.txt)"
     # A CPU build of torch that the configured index does not have comes from PyTorch's own index of them.
