@@ -15,9 +15,10 @@ NODE = """
 import json, os, pathlib, signal, sys, time
 
 folder = pathlib.Path(sys.argv[1])
-def save(number, frame):
+def save(number, frame):  # as in tlt/interrupt.py, a second signal of a kind ends the process
+    signal.signal(number, signal.SIG_DFL)
     (folder / f"saved{os.environ['SLURM_NODEID']}").write_text(signal.Signals(number).name)
-    time.sleep(0.3)  # the batch shell has to wait for it
+    time.sleep(0.5)  # the batch shell has to wait for it
     sys.exit(int(sys.argv[3]))
 ignored = [name for name in ("SIGUSR1", "SIGTERM") if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN]
 signal.signal(signal.SIGUSR1, save)
@@ -38,13 +39,16 @@ def write_script(folder: Path, *, seconds: float, status: int = 0) -> Path:
     return script
 
 
-def seen_by(folder: Path, node: int) -> dict:
-    path = folder / f"node{node}.json"
+def wait_for(path: Path) -> Path:
     deadline = time.monotonic() + 150
     while not path.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return json.loads(path.read_text())
+    return path
+
+
+def seen_by(folder: Path, node: int) -> dict:
+    return json.loads(wait_for(folder / f"node{node}.json").read_text())
 
 
 def test_it_parses():
@@ -84,6 +88,19 @@ def test_a_signal_reaches_the_ranks_and_the_job_waits_for_them(tmp_path, number,
     assert (job.wait(timeout=150) == 0) == (status == 0), job.stdout.read()
     assert [(tmp_path / f"saved{node}").read_text() for node in (0, 1)] == ["SIGUSR1"] * 2
     assert slurm.requeued.exists() == is_requeued
+
+
+def test_ranks_that_save_are_not_told_again(tmp_path):
+    slurm = Slurm(tmp_path, num_nodes=2)
+    job = slurm.sbatch(write_script(tmp_path, seconds=200))
+    for node in (0, 1):
+        seen_by(tmp_path, node)
+    slurm.signal_batch_shell(job, signal.SIGUSR1)
+    for node in (0, 1):
+        wait_for(tmp_path / f"saved{node}")
+    slurm.signal_batch_shell(job, signal.SIGTERM)
+    assert job.wait(timeout=150) == 0, "a second SIGUSR1 ended a node"
+    assert slurm.requeued.exists()
 
 
 def test_a_job_that_fails_is_not_queued_again(tmp_path):
