@@ -61,9 +61,16 @@ class HeadAndPrompts:
             stop_token_ids=stop_token_ids(Path(args.model), self.hf_config, self.tokenizer),
         )  # fmt: skip
         sampling = SamplingConfig(temperature=args.temperature, max_response_tokens=args.max_tokens)
-        engine.generate(self.prompts, sampling, group_size=group_size, seed=args.seed, on_finished=lambda *_: None)
-        samples = engine.hidden_state_samples()
-        engine.close()
+        try:
+            engine.generate(self.prompts, sampling, group_size=group_size, seed=args.seed, on_finished=lambda *_: None)
+            samples = engine.hidden_state_samples()
+        finally:
+            engine.close()
+        if len(samples) != len(self.prompts) * group_size:
+            raise ValueError(
+                f"--prompts x --group-size: hidden states of {len(samples)} of {len(self.prompts) * group_size} "
+                f"responses are there; {HIDDEN_STATES_MIB} MiB hold no more: fewer or shorter ones (--max-tokens)"
+            )
         indices = [int(sample.request_id.rpartition("#")[2]) for sample in samples]
         return [
             SampledText(sample=sample, seed=request_seed(args.seed, prompt_id_of(sample.request_id), index))

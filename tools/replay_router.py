@@ -33,6 +33,17 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError naming the flag."""
+    from tlt.config import require
+
+    for name in ("prompts", "group_size", "ranks"):
+        value = getattr(args, name)
+        require(value >= 1, "--" + name.replace("_", "-"), value, "at least 1")
+    require(args.prompts >= args.ranks, "--prompts", args.prompts, f"at least --ranks ({args.ranks})")
+    require(min(args.longest) >= 1, "--longest", min(args.longest), "at least 1")
+
+
 def costs_of(path: Path, group_size: int, longest: int):
     """Costs of a recording. Raises ValueError naming the flag."""
     import numpy as np
@@ -134,8 +145,10 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     depth = max(*args.longest, *FIXED)
     try:
+        check(args)
         costs = costs_of(args.recording, args.group_size, depth)
         read = read_head_and_prompts(args)
+        texts, target = read.responses(group_size=args.group_size), read.target()
     except ValueError as error:
         print(f"replay_router.py: error: {error}", file=sys.stderr)
         return 2
@@ -145,7 +158,6 @@ def main(argv: list[str]) -> int:
     from tlt.provenance import git_commit
     from tlt.types import prompt_id_of
 
-    texts, target = read.responses(group_size=args.group_size), read.target()
     folds = {prompt.prompt_id: index % FOLDS for index, prompt in enumerate(read.prompts)}
     groups: dict[str, list] = {}
     with torch.no_grad():

@@ -94,6 +94,7 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     try:
         found = read_head_and_prompts(args)
+        texts, target = found.responses(group_size=1), found.target()
     except ValueError as error:
         print(f"replay_trees.py: error: {error}", file=sys.stderr)
         return 2
@@ -101,7 +102,6 @@ def main(argv: list[str]) -> int:
 
     from tlt.provenance import git_commit
 
-    texts, target = found.responses(group_size=1), found.target()
     with torch.no_grad():
         paths = [paths_of(found.head, text.sample, text.seed, target=target, depth=args.depth) for text in texts]
     result = [

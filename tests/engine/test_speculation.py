@@ -8,8 +8,10 @@ import random
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.distributed.ranks import run_ranks
 from tests.engine.engines import generate, make_engine, make_prompts, tokens
@@ -291,6 +293,42 @@ def _thousands_of_steps(rank: int, world_size: int, folder: Path, head: Path, ex
         assert num_steps >= 2000
         assert found == torch.load(expected_file)
     engine.close()
+
+
+def _another_rounding(rank: int, world_size: int, folder: Path, head: Path, expected_file: Path) -> None:
+    sampling = SamplingConfig(temperature=1.0, max_response_tokens=120, ignore_eos=True)
+    spec = SpecConfig(strategy="adaptive:6", drafter=(str(head),)) if world_size > 1 else None
+    engine = make_engine(folder, spec=spec, tensor_parallel_size=world_size)
+    if world_size == 1:
+        torch.save(tokens(generate(engine, make_prompts(3), sampling)), expected_file)
+        engine.close()
+        return
+    engine.speculation.policy = EveryStep([parse_strategy(f"{m}:4", "test") for m in ("adaptive", "eagle", "suffix")])
+    learned = engine.speculation.learned
+    rng, choose = np.random.default_rng(0), learned._choose
+
+    def another(*args):
+        drafted, probs, confidences = choose(*args)
+        if rng.random() < 0.2:
+            drafted = (drafted + 1) % 250
+        return drafted, probs, confidences * rng.uniform(0.8, 1.0, len(confidences))
+
+    if rank == 1:
+        learned._choose = another
+    assert tokens(generate(engine, make_prompts(3), sampling)) == torch.load(expected_file)
+    counts = {name: (one.drafted, one.accepted) for name, one in engine.stats().acceptance.items()}
+    assert sum(counts[LEARNED][0]) > 100
+    of_ranks: list = [None] * world_size
+    dist.all_gather_object(of_ranks, (engine.speculation.router.state_dict(), counts))
+    assert of_ranks[0] == of_ranks[1]
+    engine.close()
+
+
+def test_ranks_of_a_replica_that_round_differently_learn_and_plan_the_same(tmp_path):
+    folder = write_tiny_model("llama", tmp_path, **PEAKED)
+    head = write_head(tmp_path / "head", folder)
+    run_ranks(_another_rounding, 1, folder, head, tmp_path / "plain.pt")
+    run_ranks(_another_rounding, 2, folder, head, tmp_path / "plain.pt")
 
 
 @pytest.mark.slow

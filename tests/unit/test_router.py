@@ -99,6 +99,15 @@ def test_a_drafter_that_was_not_worth_it_is_tried_again_at_probes():
     assert {route.drafter for index in probed for route in steps[index - 1] if route} == {SUFFIX, "eagle"}
 
 
+def test_probes_take_turns_where_one_request_runs():
+    router = make_router(["eagle", "eagle2"], max_draft_tokens=8)
+    steps = [router.plan([candidate("p#0", probs=[0.5] * 8)], DEAR, num_running=1) for _ in range(600)]
+    drafters = [steps[step - 1][0].drafter for step in range(1, 601) if is_probe(step)]
+    assert drafters[:4] == [SUFFIX, "eagle2", SUFFIX, "eagle"]
+    assert {drafters.count(name) for name in ("eagle", "eagle2")} <= {3, 4}
+    assert drafters.count(SUFFIX) == 7
+
+
 def count(router: DraftRouter, drafter: str, request: str, *, num_stood: int, times: int = 50) -> None:
     for _ in range(times):
         router.verified(

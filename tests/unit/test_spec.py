@@ -122,10 +122,12 @@ def test_the_watchdog_withdraws_a_drafter_that_is_much_worse_and_only_that():
         found = []
         for rate in pairs:
             found.append(any([watchdog.count(10, round(10 * rate)) for _ in range(30)]))
+            if found[-1]:
+                watchdog.withdrawn()
             watchdog.drafter_changed()
         return found
 
-    assert rates(0.8, 0.7, 0.2, 0.2) == [False, False, True, False]
+    assert rates(0.8, 0.7, 0.2, 0.2, 0.6) == [False, False, True, True, False]
     assert rates(0.8, 0.4) == [False, False]
     assert rates(0.8, 0.0, collapse_frac=0.0) == [False, False]
     watchdog = Watchdog(collapse_frac=0.5, window=100)

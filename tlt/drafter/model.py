@@ -13,7 +13,7 @@ Shapes: T tokens, H hidden, D head dimension.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -253,9 +253,14 @@ def load_head(folder: Path, *, flag: str, target_config: dict, dtype: torch.dtyp
     if AUX_LAYERS in config:
         what = f"{flag} {folder / 'config.json'}: {AUX_LAYERS}"
         layers = check_aux_layers(layers, what, num_layers=target_config["num_hidden_layers"])
+    shape = HeadShape.of_target(config)
+    # A head from elsewhere may say less than its target's context: it drafts worse there, but must have the angles.
+    context = max(shape.max_position_embeddings, target_config["max_position_embeddings"])
     head = EagleHead(
-        HeadShape.of_target(config), draft_token_ids=None if ids is None else torch.tensor(ids), aux_layers=layers
-    )  # fmt: skip
+        replace(shape, max_position_embeddings=context),
+        draft_token_ids=None if ids is None else torch.tensor(ids),
+        aux_layers=layers,
+    )
     missing, unexpected = head.load_state_dict(read_tensors(folder), strict=False)
     if missing or unexpected:
         raise ValueError(f"{flag} {folder}: weights missing {missing}, not of an EAGLE head {unexpected}")

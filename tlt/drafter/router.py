@@ -31,8 +31,9 @@ NUM_DEPTHS = 6
 SPARE = 0.5
 """Share of its price that a suffix token must be worth to be proposed; which ones are verified is decided later."""
 PROBE_STEPS, PROBE_TOKENS = 64, 2
-"""Every so many engine steps (and at the first powers of two) drafts are made whatever they cost, so that a drafter
-that was not worth it can show that it is now."""
+"""Every so many engine steps (and at EARLY_PROBES) drafts are made whatever they cost, so that a drafter that was not
+worth it can show that it is now."""
+EARLY_PROBES = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +222,9 @@ class DraftRouter:
         """Ways to give heads to rows, "" being none: none, each head where it beats the suffix draft, and each row its
         best. At a probe every second row has a head, another one each time."""
         if self.is_probe and self.learned:
-            name = self.learned[self.step // PROBE_STEPS % len(self.learned)]
-            return [[name if (row + self.step) % 2 == 0 else "" for row in range(num_rows)]]
+            turn = probes_until(self.step)
+            name = self.learned[turn // 2 % len(self.learned)]
+            return [[name if (row + turn) % 2 == 0 else "" for row in range(num_rows)]]
         nets = {
             name: take(worth[name], self.rate * self._row_s(name), longest)[1] for name in self.learned
         }  # fmt: skip
@@ -358,4 +360,9 @@ def match_kinds(match_lengths: np.ndarray) -> np.ndarray:
 
 def is_probe(step: int) -> bool:
     """Steps that draft whatever it costs."""
-    return step % PROBE_STEPS == 0 or step in (4, 8, 16, 32)
+    return step % PROBE_STEPS == 0 or step in EARLY_PROBES
+
+
+def probes_until(step: int) -> int:
+    """How many probes there were, this one included."""
+    return step // PROBE_STEPS + bisect_right(EARLY_PROBES, step)

@@ -7,7 +7,10 @@ from numba import njit
 
 
 def compiled(function: Callable, **options) -> Callable:
-    """Compiled when first called, and kept beside its file or in the user's cache if either can be written."""
+    """Compiled when first called, and kept beside its file or in the user's cache if either can be written.
+
+    It is compiled anew when its own file changes, but not when a constant does that it takes from another one.
+    """
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no folder to write to

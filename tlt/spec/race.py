@@ -72,7 +72,7 @@ def race_with_leads(
     race_rows(
         probs.contiguous().numpy(), np.asarray(seeds, dtype=np.uint64), np.asarray(positions, dtype=np.uint64),
         np.uint64(stream), np.uint64(RARE_TOKEN + stream),
-        np.empty(0, dtype=np.int64) if token_ids is None else token_ids.numpy(), drawn, leads,
+        np.empty(0, dtype=np.int64) if token_ids is None else token_ids.numpy(), RARE, NOTHING, drawn, leads,
     )  # fmt: skip
     if (drawn < 0).any():
         raise RuntimeError(NO_PROBABILITY.format(np.flatnonzero(drawn < 0).tolist()))

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from tlt.spec.compiled import compiled
-from tlt.spec.race import NOTHING, RARE, REST
+from tlt.spec.race import REST
 from tlt.spec.randomness import GOLDEN, MIX1, MIX2
 
 _ONE, _REST = np.uint64(1), np.uint64(REST)
@@ -37,11 +37,12 @@ def state_of(seed, position, stream):
 
 
 @compiled
-def race_rows(probs, seeds, positions, stream, rare_stream, token_ids, drawn, leads):
+def race_rows(probs, seeds, positions, stream, rare_stream, token_ids, rare, nothing, drawn, leads):
     """Write the column that each row [T, V] draws into `drawn` [T] int64, and its lead into `leads` [T] float64.
 
     The numbers are those of seeds and positions [T] uint64 in `stream`, in `rare_stream` for the rare tokens;
-    `token_ids` [V] int64 names the columns, empty where a column is its token.
+    `token_ids` [V] int64 names the columns, empty where a column is its token. `rare` and `nothing` are those of
+    race.py: what is compiled in stays as it was when another file's constants change.
     """
     num_columns = probs.shape[1]
     for row in range(probs.shape[0]):
@@ -49,7 +50,7 @@ def race_rows(probs, seeds, positions, stream, rare_stream, token_ids, drawn, le
         rest, first, second, best = 0.0, math.inf, math.inf, -1
         for column in range(num_columns):
             mass = np.float64(probs[row, column])
-            if mass < RARE:
+            if mass < rare:
                 rest += mass
                 continue
             name = np.uint64(token_ids[column]) if len(token_ids) else np.uint64(column)
@@ -58,7 +59,7 @@ def race_rows(probs, seeds, positions, stream, rare_stream, token_ids, drawn, le
                 first, second, best = time, first, column
             elif time < second:
                 second = time
-        rest_time = -math.log1p(-uniform(state, _REST)) / rest if rest > NOTHING else math.inf
+        rest_time = -math.log1p(-uniform(state, _REST)) / rest if rest > nothing else math.inf
         second = min(second, rest_time)
         leads[row] = second / (first + second) if second < math.inf else 1.0
         if rest_time < first:
@@ -68,7 +69,7 @@ def race_rows(probs, seeds, positions, stream, rare_stream, token_ids, drawn, le
             total = 0.0
             for column in range(num_columns):
                 mass = np.float64(probs[row, column])
-                if 0.0 < mass < RARE:
+                if 0.0 < mass < rare:
                     total += mass
                     best = column  # rounding up to the total must not run over the end
                     if total > target:

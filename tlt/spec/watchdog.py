@@ -25,6 +25,10 @@ class Watchdog:
         self.num_drafted = self.num_accepted = 0
         self.is_on_trial = self.baseline is not None
 
+    def withdrawn(self) -> None:
+        """The drafter that collapsed was taken back: its tokens are no baseline for the next one."""
+        self.num_drafted = self.num_accepted = 0
+
     def count(self, num_drafted: int, num_accepted: int) -> bool:
         """Count verified draft tokens; True where the drafter on trial has collapsed."""
         self.num_drafted += num_drafted

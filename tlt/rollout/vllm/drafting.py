@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from tlt.rollout.vllm.learned_drafter import DraftRequest
-from tlt.rollout.vllm.ledger import DraftLedger, Proposal
+from tlt.rollout.vllm.ledger import DraftLedger, Proposal, agreed_proposal
 from tlt.rollout.vllm.routing import OneForAll, Router
 from tlt.types import AUX, LAST, OFF
 
@@ -123,18 +123,24 @@ class Drafting:
         begin_s = time.perf_counter()
         proposals = self._proposals(self._requests(sampled_token_ids))
         self.draft_s = time.perf_counter() - begin_s
-        own = [proposals[name].token_ids if name in proposals else [] for name in request_ids]
-        drafts = self.agree(own)
-        if drafts != own:  # the replica's first rank rounded differently: its tokens are what will be verified
-            proposals = {
-                request_id: Proposal(
-                    drafter=self.strategy.method, request_name=request_name(self.runner, request_id), token_ids=tokens
-                )
-                for request_id, tokens in zip(request_ids, drafts, strict=True)
-                if tokens
-            }
+        proposals = self._agreed(request_ids, proposals)
         self.ledger.proposals |= proposals
-        return drafts
+        return [proposals[name].token_ids if name in proposals else [] for name in request_ids]
+
+    def _agreed(self, request_ids: Sequence[str], proposals: dict[str, Proposal]) -> dict[str, Proposal]:
+        """Those of the replica's first rank. Others may have rounded differently; were they to learn from what they
+        drafted themselves, a later plan of theirs might have another head draft, and its collectives would part."""
+        own = [proposals[each].shared() if each in proposals else None for each in request_ids]
+        agreed = self.agree(own)
+        if agreed is own:  # this rank is the first, or alone
+            return proposals
+        return {
+            request_id: agreed_proposal(
+                shared, proposals.get(request_id), request_name=request_name(self.runner, request_id)
+            )
+            for request_id, shared in zip(request_ids, agreed, strict=True)
+            if shared is not None
+        }
 
     def _requests(self, sampled_token_ids: list[list[int]]) -> list[DraftRequest]:
         """Rows that sampled a token and can use a draft: not in prefill, not at their last token."""

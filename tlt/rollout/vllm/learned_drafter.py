@@ -308,6 +308,8 @@ class LearnedDrafter:
                     [requests[row].num_tokens + step for row in rows], stream=stream, token_ids=ids,
                 )  # fmt: skip
         confidences = probs.gather(1, columns[:, None]).squeeze(1).double().cpu().numpy()
+        if np.isnan(confidences).any():
+            raise RuntimeError(f"drafter {self.name}: no token has a probability: NaN?")
         if COUPLED in leads:
             coupled = [kind == COUPLED for kind in kinds]
             confidences[coupled] = confidence(leads[COUPLED], confidences[coupled])

@@ -38,6 +38,10 @@ class Proposal:
         """Its request is not greedy."""
         return self.temperature > 0
 
+    def shared(self) -> tuple:
+        """What ranks of a replica have to hold alike: what is verified, and all that routers learn from it."""
+        return self.drafter, self.token_ids, self.confidences.tolist(), self.match_length, self.temperature
+
     def first(self, count: int) -> "Proposal":
         """Its first tokens alone."""
         if count == len(self.token_ids):
@@ -46,6 +50,15 @@ class Proposal:
         return replace(
             self, token_ids=self.token_ids[:count], confidences=self.confidences[:count], draft_probs=probs
         )  # fmt: skip
+
+
+def agreed_proposal(shared: tuple, own: Proposal | None, *, request_name: str) -> Proposal:
+    """A request's drafts as the replica's first rank `shared` them; this rank's `own` probabilities only where its
+    tokens are the same."""
+    drafter, token_ids, confidences, match_length, temperature = shared
+    is_same = own is not None and own.drafter == drafter and own.token_ids == token_ids
+    like = own if is_same else Proposal(drafter=drafter, request_name=request_name, token_ids=token_ids)
+    return replace(like, confidences=np.array(confidences), match_length=match_length, temperature=temperature)
 
 
 @dataclass

@@ -46,6 +46,7 @@ class AdaptiveRouting:
         self.router = router
         self.suffix = suffix
         self.heads = heads
+        self.agree = agree
         self.limits: dict[bool, DraftLimit] = {True: WorthLimit(router, agree=agree), False: AsAsked()}
         self.prices = NO_PRICES
         self.is_adaptive = False
@@ -68,7 +69,8 @@ class AdaptiveRouting:
             for request in requests
         ]  # fmt: skip
         plan: dict[str, list[DraftRequest]] = {}
-        routes = self.router.plan(candidates, self.prices, num_running=len(candidates))
+        # Ranks of a replica may have rounded differently, and a head's passes are collectives.
+        routes = self.agree(self.router.plan(candidates, self.prices, num_running=len(candidates)))
         for request, route in zip(requests, routes, strict=True):
             if route is not None:
                 plan.setdefault(route.drafter, []).append(request.asking_for(route.num_draft_tokens))

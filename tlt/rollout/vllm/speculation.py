@@ -254,6 +254,7 @@ class Speculation:
                 "again, as version %d", bad, self.watchdog.num_accepted / self.watchdog.num_drafted,
                 self.watchdog.baseline, self.learned.version,
             )  # fmt: skip
+            self.watchdog.withdrawn()
         self._counted = (drafted, accepted)
 
     @property
