@@ -27,10 +27,13 @@ CPU_PATCHES = (
     "cpu_tied_embedding",
     "cpu_checkpoint_preload",
     "cpu_checkpoint_verify",
+    "cpu_moe_splits",  # before what calls it: a copy keeps the globals of its time
+    "cpu_moe_dispatcher",
+    "cpu_moe_synchronize",
 )
 """Files for a machine without CUDA, in the order they are applied."""
-EVERYWHERE = ("adamw_distributed_step",)
-"""Files for all machines: torch's optimizer takes the place of a fused one wherever that is not installed."""
+EVERYWHERE = ("adamw_distributed_step", "moe_router_linear")
+"""Files for all machines: what Megatron does where Transformer Engine and Apex are not installed."""
 ALL_PATCHES = CPU_PATCHES + EVERYWHERE
 
 

@@ -8,6 +8,7 @@ import functools
 import re
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -25,7 +26,7 @@ def _to_cpu(factory: Callable) -> Callable:
 
 
 class _CpuTorch(types.ModuleType):
-    """Everything is torch's own but the factories and `torch.cuda.{current_device,synchronize}`."""
+    """Everything is torch's own but the factories, and of `torch.cuda` what is set below."""
 
     def __getattr__(self, name: str):
         return getattr(torch, name)
@@ -36,10 +37,24 @@ class _CpuCuda(types.ModuleType):
         return getattr(torch.cuda, name)
 
 
+class _CpuStream:
+    """The one order in which a CPU does things: whatever was asked of it has happened. An event of it is itself."""
+
+    def wait_stream(self, stream: "_CpuStream") -> None: ...
+
+    def record_event(self) -> "_CpuStream":
+        return self
+
+    def synchronize(self) -> None: ...
+
+
+_CPU_STREAM = _CpuStream()
 CPU_TORCH = _CpuTorch("torch")
 CPU_TORCH.cuda = _CpuCuda("torch.cuda")
 CPU_TORCH.cuda.current_device = lambda: torch.device("cpu")
 CPU_TORCH.cuda.synchronize = lambda device=None: None
+CPU_TORCH.cuda.Stream = CPU_TORCH.cuda.current_stream = lambda: _CPU_STREAM
+CPU_TORCH.cuda.stream = lambda stream: nullcontext()
 for _name in FACTORIES:
     setattr(CPU_TORCH, _name, _to_cpu(getattr(torch, _name)))
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import KINDS, write_tiny_model, write_tokenizer
+from tests.tiny_models import EXPERTS, KINDS, write_tiny_model, write_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> dict[str, Path]:
     """Folder of a random fp32 model by kind."""
-    folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in (*KINDS, EXPERTS)}
     return {kind: write_tiny_model(kind, folder) for kind, folder in folders.items()}
 
 

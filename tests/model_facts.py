@@ -29,6 +29,13 @@ FACTS = {
             "rope_type": "llama3",
         },
     },
+    "qwen3_30b_a3b": {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936,
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
 }  # fmt: skip
 """By the folder of the example."""
 NUM_PARAMETERS = {
@@ -37,6 +44,7 @@ NUM_PARAMETERS = {
     "ds_r1_distill_qwen_7b": 7_615_616_512,
     "qwen2.5_32b": 32_763_876_352,
     "llama3.3_70b": 70_553_706_496,
+    "qwen3_30b_a3b": 30_532_122_624,
 }
 """As their model cards and the indices of their weight files say."""
 

@@ -8,6 +8,9 @@ import torch
 
 VOCAB_SIZE = 512
 KINDS = ("llama", "qwen2", "qwen3")  # tied embeddings; bias on q, k, v; norms on q and k
+EXPERTS = "qwen3_moe"
+"""Two of eight experts for each token."""
+FEW_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -40,7 +43,7 @@ def write_tiny_model(
     kind: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides
 ) -> Path:
     """Write a random model of `kind` to `folder` (returned); `overrides` go to its Hugging Face config."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     write_tokenizer(folder)
     eos = json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
@@ -66,6 +69,7 @@ def write_tiny_model(
         "llama": (LlamaConfig, {"tie_word_embeddings": True}),
         "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
         "qwen3": (Qwen3Config, {"tie_word_embeddings": False}),
+        EXPERTS: (Qwen3MoeConfig, {"tie_word_embeddings": False, **FEW_EXPERTS}),
     }[kind]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_class(**{**shape, **own, **overrides}))

@@ -28,6 +28,8 @@ class Parallel:
     pp_size: int
     dp_rank: int
     dp_size: int
+    ep_rank: int
+    ep_size: int
     device: torch.device
     control_group: dist.ProcessGroup
 
@@ -62,7 +64,8 @@ def initialize(model: ModelConfig, *, timeout: timedelta) -> Parallel:
     """Set up torch.distributed (env://, unless there is a world already) and Megatron's groups.
 
     Tensor-parallel ranks are neighbours, then data-parallel ones; pipeline stages are farthest apart (Megatron's
-    order). Collective over all ranks; all must call.
+    order). Expert-parallel ranks are neighbours too, and experts are not split. Collective over all ranks; all must
+    call.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
@@ -73,6 +76,8 @@ def initialize(model: ModelConfig, *, timeout: timedelta) -> Parallel:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        expert_model_parallel_size=model.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
     )
     if on_gpu:
@@ -86,6 +91,8 @@ def initialize(model: ModelConfig, *, timeout: timedelta) -> Parallel:
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
         device=device,
         control_group=dist.new_group(backend="gloo", timeout=timeout),
     )

@@ -22,6 +22,8 @@ def make_trainer(
     *,
     tp: int = 1,
     pp: int = 1,
+    ep: int = 1,
+    sequence_parallel: bool = False,
     bf16: bool = False,
     max_tokens: int = 4096,
     recompute: str = "none",
@@ -33,9 +35,9 @@ def make_trainer(
     """Collective over all ranks; all must call."""
     apply_patches()
     model = ModelConfig(
-        hf_model=str(folder), tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, bf16=bf16,
-        max_tokens_per_micro_batch=max_tokens,
-        recompute_granularity=recompute,
+        hf_model=str(folder), tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep, sequence_parallel=sequence_parallel, bf16=bf16,
+        max_tokens_per_micro_batch=max_tokens, recompute_granularity=recompute,
     )  # fmt: skip
     hf_config = json.loads((folder / "config.json").read_text())
     parallel = process_groups.initialize(model, timeout=timedelta(seconds=120))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.e2e.runs import run_forked
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import EXPERTS, write_tiny_model
 from tlt.config import read_hf_config
 from tlt.weight_sync.gather import HfDirectory
 from tlt.weight_sync.hf_directory import write_directory
@@ -34,7 +34,12 @@ def run(tool: str, *arguments: object, num_ranks: int = 1) -> subprocess.Complet
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "there"),
-    [("llama", torch.bfloat16, (1, 2)), ("qwen2", torch.float32, (2, 1)), ("qwen3", torch.float32, (1, 1))],
+    [
+        ("llama", torch.bfloat16, (1, 2)),
+        ("qwen2", torch.float32, (2, 1)),
+        ("qwen3", torch.float32, (1, 1)),
+        (EXPERTS, torch.bfloat16, (1, 2)),
+    ],
 )
 def test_there_and_back_is_bit_exact(tmp_path, kind, dtype, there):
     (tmp_path / "hf").mkdir()

@@ -14,7 +14,7 @@ from megatron_patches import apply_patches
 from tests.distributed.ranks import run_ranks
 from tests.distributed.trainer_cases import make_batch, make_trainer
 from tests.megatron.test_policy import lone_sequences
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import EXPERTS, write_tiny_model
 from tlt.config import OptimizerConfig
 from tlt.footprint import policy
 from tlt.policy.model import forward_packed
@@ -41,9 +41,11 @@ def state_bytes(trainer: MegatronPolicyTrainer, *, bf16: bool) -> int:
     return total
 
 
-def _sizes(rank: int, world_size: int, folder: Path, tp: int, pp: int, bf16: bool, is_distributed: bool) -> None:
+def _sizes(
+    rank: int, world_size: int, folder: Path, tp: int, pp: int, bf16: bool, is_distributed: bool, ep: int = 1
+) -> None:
     optimizer = OptimizerConfig(lr=1e-3, use_distributed_optimizer=is_distributed)
-    trainer = make_trainer(folder, tp=tp, pp=pp, bf16=bf16, optimizer=optimizer)
+    trainer = make_trainer(folder, tp=tp, pp=pp, ep=ep, bf16=bf16, optimizer=optimizer)
     trainer.train_step(make_batch(num_steps=1))
     shards, stage = shards_of(trainer, folder, optimizer), trainer.parallel.pp_rank
     held = sum(each.numel() * each.element_size() for each in trainer.stage.parameters())
@@ -67,6 +69,11 @@ def _sizes(rank: int, world_size: int, folder: Path, tp: int, pp: int, bf16: boo
 )
 def test_weights_gradients_and_optimizer_state_are_as_large_as_said(tiny_models, kind, tp, pp, bf16, is_distributed):
     run_ranks(_sizes, 2, tiny_models[kind], tp, pp, bf16, is_distributed)
+
+
+@pytest.mark.parametrize(("pp", "ep", "is_distributed"), [(1, 2, True), (2, 2, False), (1, 4, True)])
+def test_experts_take_what_was_said(tiny_models, pp, ep, is_distributed):
+    run_ranks(_sizes, 4, tiny_models[EXPERTS], 1, pp, True, is_distributed, ep)
 
 
 def saved_bytes(trainer: MegatronPolicyTrainer, num_tokens: int) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from tests.distributed.ranks import run_ranks
 from tests.distributed.trainer_cases import make_batch, make_trainer
-from tests.tiny_models import KINDS
+from tests.tiny_models import EXPERTS, KINDS, write_tiny_model
 from tlt.config import OptimizerConfig, RLConfig
 from tlt.policy.model import forward_packed
 from tlt.rl.packing import pack
@@ -30,8 +30,8 @@ def lone_sequences(*sizes: int) -> list[TrainSequence]:
     ]
 
 
-def _logits_and_names(rank: int, world_size: int, folder: Path, tp: int, pp: int) -> None:
-    trainer = make_trainer(folder, tp=tp, pp=pp)
+def _logits_and_names(rank: int, world_size: int, folder: Path, tp: int, pp: int, **layout) -> None:
+    trainer = make_trainer(folder, tp=tp, pp=pp, **layout)
     original = {name: file.get_tensor(name) for name, file in HfDirectory(folder).owner.items()}
     received = dict((name, tensor.clone()) for name, tensor in trainer.named_hf_tensors())
     assert sorted(received) == sorted(original), "names are a bijection"
@@ -44,7 +44,8 @@ def _logits_and_names(rank: int, world_size: int, folder: Path, tp: int, pp: int
         return logits
 
     with torch.no_grad():
-        collected = trainer._run(trainer.ddp, [pack(sequences)], keep, forward_only=True)
+        packed = pack(sequences, multiple=tp)  # with sequence parallelism each rank has a part of as many tokens
+        collected = trainer._run(trainer.ddp, [packed], keep, forward_only=True)
     if not trainer.parallel.is_last_stage:
         return
     from transformers import AutoModelForCausalLM
@@ -64,19 +65,52 @@ def test_logits_are_those_of_transformers_and_weights_go_both_ways(tiny_models, 
     run_ranks(_logits_and_names, tp * pp, tiny_models[kind], tp, pp)
 
 
+def _experts_logits_and_names(rank: int, world_size: int, folder: Path, layout: dict) -> None:
+    _logits_and_names(rank, world_size, folder, **{"tp": 1, "pp": 1, **layout})
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (1, {}),
+        (2, {"ep": 2}),
+        (4, {"ep": 2, "pp": 2}),
+        (2, {"tp": 2, "sequence_parallel": True}),
+        (4, {"tp": 2, "sequence_parallel": True, "ep": 4}),
+    ],
+)
+def test_experts_are_those_of_transformers_wherever_they_are(tiny_models, world_size, layout):
+    run_ranks(_experts_logits_and_names, world_size, tiny_models[EXPERTS], layout)
+
+
+def test_probabilities_of_experts_that_do_not_add_up_to_one(tmp_path):
+    folder = write_tiny_model(EXPERTS, tmp_path, norm_topk_prob=False)
+    run_ranks(_experts_logits_and_names, 1, folder, {})
+
+
+def test_sequence_parallel_norms_compute_the_same(tiny_models):
+    run_ranks(_experts_logits_and_names, 2, tiny_models["qwen2"], {"tp": 2, "sequence_parallel": True})
+
+
 def _train(rank: int, world_size: int, folder: Path, out: Path, case: dict) -> None:
     rl = RLConfig(kl_coef=0.05, entropy_coef=0.01, dual_clip=3.0, max_logprob_diff=None)  # no engine sampled this
     trainer = make_trainer(
         folder,
         tp=case.get("tp", 1),
         pp=case.get("pp", 1),
+        ep=case.get("ep", 1),
+        sequence_parallel=case.get("sequence_parallel", False),
         max_tokens=case.get("max_tokens", 4096),
         recompute=case.get("recompute", "none"),
         rl=rl,
         sampling=SamplingConfig(temperature=0.9, top_k=case.get("top_k", 0), max_response_tokens=64),
         optimizer=OptimizerConfig(
-            lr=1e-3, clip_grad=0.5, use_distributed_optimizer=case.get("use_distributed_optimizer", False)
-        ),
+            lr=1e-3,
+            clip_grad=0.5,
+            use_distributed_optimizer=case.get("use_distributed_optimizer", False),
+            overlap_grad_reduce=case.get("overlap", False) or case.get("overlap_grad_reduce", False),
+            overlap_param_gather=case.get("overlap", False),
+        ),  # fmt: skip
     )
     history = []
     for seed in range(2):
@@ -107,7 +141,10 @@ def one_rank(tiny_models, tmp_path_factory):
         (2, {"pp": 2, "max_tokens": 40}),
         (4, {"tp": 2, "pp": 2, "max_tokens": 60}),
         (4, {"tp": 2}),
+        (2, {"tp": 2, "sequence_parallel": True, "max_tokens": 50}),
         (2, {"use_distributed_optimizer": True}),
+        (2, {"overlap_grad_reduce": True, "max_tokens": 40}),
+        (2, {"use_distributed_optimizer": True, "overlap": True, "max_tokens": 40}),
         (1, {"recompute": "selective"}),
         (1, {"recompute": "full"}),
         (8, {}),  # more ranks than sequences: some have none
@@ -115,13 +152,46 @@ def one_rank(tiny_models, tmp_path_factory):
 )
 def test_training_does_not_depend_on_layout_or_packing(tiny_models, one_rank, tmp_path, world_size, case):
     run_ranks(_train, world_size, tiny_models["llama"], tmp_path / "result.pt", case)
-    history, weights = torch.load(tmp_path / "result.pt")
-    for ours, expected in zip(history, one_rank[0], strict=True):
+    assert_same_training(torch.load(tmp_path / "result.pt"), one_rank)
+
+
+def assert_same_training(ours: tuple[list, dict], expected: tuple[list, dict]) -> None:
+    """Of two results of `_train`."""
+    for metrics, others in zip(ours[0], expected[0], strict=True):
         # fp32 gradients, added in another order; the second iteration starts from weights that differ so
-        assert ours == pytest.approx(expected, rel=2e-4, abs=2e-5)
-    for name, tensor in one_rank[1].items():
+        assert metrics == pytest.approx(others, rel=2e-4, abs=2e-5)
+    for name, tensor in expected[1].items():
         # Adam turns a relative difference of a tiny gradient into one of the step (1e-3), so this is a bound on steps
-        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=4e-4)
+        torch.testing.assert_close(ours[1][name], tensor, rtol=0, atol=4e-4)
+
+
+@pytest.fixture(scope="module")
+def experts_on_one_rank(tiny_models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one_rank") / "experts.pt"
+    run_ranks(_train, 1, tiny_models[EXPERTS], out, {})
+    return torch.load(out)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "case"),
+    [
+        (1, {"max_tokens": 30}),
+        (2, {}),
+        (2, {"ep": 2, "max_tokens": 40}),
+        (4, {"ep": 2, "pp": 2, "max_tokens": 60}),
+        (4, {"ep": 2, "use_distributed_optimizer": True}),
+        (4, {"ep": 2, "use_distributed_optimizer": True, "overlap": True}),
+        (4, {"tp": 2, "sequence_parallel": True, "ep": 2}),
+        (4, {"tp": 2, "sequence_parallel": True, "ep": 4}),
+        (2, {"ep": 2, "recompute": "full"}),
+        (8, {"ep": 4}),  # more ranks than sequences: some have none, and experts that others need
+    ],
+)
+def test_training_of_experts_does_not_depend_on_the_layout(
+    tiny_models, experts_on_one_rank, tmp_path, world_size, case
+):
+    run_ranks(_train, world_size, tiny_models[EXPERTS], tmp_path / "result.pt", case)
+    assert_same_training(torch.load(tmp_path / "result.pt"), experts_on_one_rank)
 
 
 def test_truncated_sampling_trains_the_same_on_a_sharded_vocabulary(tiny_models, tmp_path):
@@ -161,6 +231,7 @@ def _saves_and_loads(rank: int, world_size: int, folder: Path, checkpoint: Path,
         folder,
         tp=case.get("tp", 1),
         pp=case.get("pp", 1),
+        ep=case.get("ep", 1),
         bf16=case.get("bf16", False),
         optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="linear", use_distributed_optimizer=case.get("do", False)),
     )
@@ -197,8 +268,20 @@ def test_training_on_from_a_checkpoint_is_bit_exact(tiny_models, tmp_path, world
     run_ranks(_saves_and_loads, world_size, *arguments, loading, tmp_path / "expected.pt")
 
 
-def test_a_checkpoint_loads_at_another_layout(tiny_models, tmp_path):
-    arguments = (tiny_models["llama"], tmp_path / "checkpoint")
-    run_ranks(_saves_and_loads, 2, *arguments, {"tp": 2, "save": True}, tmp_path / "expected.pt")
-    loading = {"pp": 2, "save": False, "tolerance": 4e-4}  # as between layouts above
+@pytest.mark.parametrize("layout", [{"ep": 2}, {"ep": 2, "bf16": True, "do": True}])
+def test_training_of_experts_on_from_a_checkpoint_is_bit_exact(tiny_models, tmp_path, layout):
+    arguments = (tiny_models[EXPERTS], tmp_path / "checkpoint")
+    run_ranks(_saves_and_loads, 2, *arguments, {**layout, "save": True}, tmp_path / "expected.pt")
+    loading = {**layout, "save": False, "tolerance": 0.0}
     run_ranks(_saves_and_loads, 2, *arguments, loading, tmp_path / "expected.pt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "loaded", "num_ranks"),
+    [("llama", {"tp": 2}, {"pp": 2}, 2), (EXPERTS, {"ep": 2}, {"pp": 2, "ep": 2}, 4), (EXPERTS, {}, {"pp": 2}, 2)],
+)
+def test_a_checkpoint_loads_at_another_layout(tiny_models, tmp_path, kind, saved, loaded, num_ranks):
+    arguments = (tiny_models[kind], tmp_path / "checkpoint")
+    run_ranks(_saves_and_loads, 2, *arguments, {**saved, "save": True}, tmp_path / "expected.pt")
+    loading = {**loaded, "save": False, "tolerance": 4e-4}  # as between layouts above
+    run_ranks(_saves_and_loads, num_ranks, *arguments, loading, tmp_path / "expected.pt")

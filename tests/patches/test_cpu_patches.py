@@ -3,6 +3,7 @@
 Unpatched upstream code runs in a process of its own, since other tests of this session apply the patches.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -26,7 +27,10 @@ report = {}
 for name in megatron_patches.ALL_PATCHES:
     original = megatron_patches.load_patch(name).original()
     source = inspect.getsource(original)
-    marks = ('"cuda"', "'cuda'", "torch.cuda.", ".cuda()", "cuda rng state", "_lazy_init", "copy_(tensors[key])")
+    marks = (
+        '"cuda"', "'cuda'", "torch.cuda.", ".cuda()", "cuda rng state", "_lazy_init", "copy_(tensors[key])",
+        "RouterGatingLinearFunction",
+    )
     report[name] = [mark for mark in marks if mark in source]
 try:
     torch.cuda.current_device()
@@ -38,6 +42,12 @@ try:
     report["factory"] = "works"
 except Exception as error:
     report["factory"] = type(error).__name__
+from megatron.core.transformer.moe import router
+try:
+    router.router_gating_linear(torch.ones(1, 2), torch.ones(2, 2), None, torch.float32)
+    report["router"] = "works"
+except Exception as error:
+    report["router"] = type(error).__name__
 print(json.dumps(report))
 """
 
@@ -75,6 +85,18 @@ def test_another_version_or_source_stops(name):
         replace(patch, name="other", versions=">=99").apply()
     with pytest.raises(RuntimeError, match="source text"):
         replace(patch, name="other", source_sha256=("000000000000",)).apply()
+
+
+def test_a_router_computes_without_transformer_engine(unpatched):
+    if importlib.util.find_spec("transformer_engine") is None:
+        assert unpatched["router"] == "NameError"
+    megatron_patches.apply_patches()
+    from megatron.core.transformer.moe import router
+
+    inputs = torch.randn(3, 1, 4, dtype=torch.bfloat16), torch.randn(2, 4, dtype=torch.bfloat16)
+    logits = router.router_gating_linear(*inputs, None, torch.float32)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, inputs[0].float() @ inputs[1].float().T)
 
 
 def test_torch_itself_stays_as_it_was():

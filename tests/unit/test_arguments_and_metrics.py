@@ -26,6 +26,7 @@ from tlt.trace import Trace
 
 REQUIRED = ["--hf-model", "m", "--save", "s", "--data-train", "a", "b"]
 HF = {
+    "model_type": "llama",
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "num_hidden_layers": 6,
@@ -71,6 +72,7 @@ def test_every_flag_has_a_sentence():
         (["--data-weights", "1", "-1"], "--data-weights must be positive numbers"),
         (["--sequence-parallel"], "--sequence-parallel must be off"),
         (["--min-lr", "1"], "--min-lr must be at most --lr"),
+        (["--overlap-param-gather"], "--overlap-param-gather must be off without --use-distributed-optimizer"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--rl-group-siz", "2"], "--rl-group-siz"),
     ],
@@ -102,6 +104,34 @@ def test_what_does_not_fit_together_is_named(flags, world_size, part):
         check(config, world_size=world_size, ranks_per_node=min(world_size, 4), hf_config=HF)
     assert part in str(caught.value)
     assert flags[0] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "part"),
+    [
+        (["--expert-model-parallel-size", "3"], 3, "a divisor of the model's 4 experts"),
+        (["--expert-model-parallel-size", "4"], 2, "a divisor of the 2 ranks of a pipeline stage"),
+        (
+            ["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2"],
+            2,
+            "--sequence-parallel must be on",
+        ),
+        (
+            ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+            2,
+            "--expert-model-parallel-size must be at least 2",
+        ),
+        (["--rollout-tensor-parallel-size", "4"], 4, "experts' width of 6"),
+    ],
+)
+def test_what_does_not_fit_experts_is_named(flags, world_size, part):
+    experts = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+    config = parse([*REQUIRED, "--rollout-max-response-tokens", "16", *flags], "")
+    with pytest.raises(ValueError, match=part):
+        check(config, world_size=world_size, ranks_per_node=world_size, hf_config=HF | experts)
+    if flags[0] == "--expert-model-parallel-size":
+        with pytest.raises(ValueError, match="a model of type llama has no experts"):
+            check(config, world_size=12, ranks_per_node=4, hf_config=HF)
 
 
 def test_means_are_sums_over_counts_and_maxima_are_maxima():

@@ -10,7 +10,14 @@ import pytest
 from tests.model_facts import FACTS, write_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RANKS = {"smollm2_135m": 1, "qwen2.5_7b": 8, "ds_r1_distill_qwen_7b": 8, "qwen2.5_32b": 64, "llama3.3_70b": 64}
+RANKS = {
+    "smollm2_135m": 1,
+    "qwen2.5_7b": 8,
+    "ds_r1_distill_qwen_7b": 8,
+    "qwen2.5_32b": 64,
+    "llama3.3_70b": 64,
+    "qwen3_30b_a3b": 16,
+}
 
 
 def run(model: str, folder: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess:

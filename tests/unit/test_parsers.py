@@ -1,6 +1,7 @@
 """Whatever text comes, what parses it gives a value that means the same when written again, or a ValueError that says
 what was wrong; weights survive being cut and put together at any layout."""
 
+import itertools
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from tlt.arguments import build_parser, parse, to_flags
 from tlt.faults import KINDS, POINTS, parse_faults
 from tlt.spec.policy import parse_policy
 from tlt.spec.strategy import METHODS, parse_strategy
-from tlt.weight_sync.names import local_name, query_groups, shard, stage_of, unshard, weight_table
+from tlt.weight_sync.names import layout_of, query_groups, shard, unshard, weight_table
 
 REQUIRED = ["--hf-model", "m", "--save", "s", "--data-train", "a"]
 FLAGS = sorted(
@@ -101,7 +102,7 @@ def test_a_fault_is_one_or_an_error_that_names_the_flag(kind, point, numbers):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    model_type=st.sampled_from(["llama", "qwen2", "qwen3"]), tied=st.booleans(), fused=st.booleans(),
+    model_type=st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe"]), tied=st.booleans(), fused=st.booleans(),
     groups=st.sampled_from([1, 2, 4]), queries=st.integers(1, 3), dim=st.integers(1, 4), layers=st.integers(1, 4),
     tp=st.sampled_from([1, 2, 4]), seed=st.integers(0, 9),
 )  # fmt: skip
@@ -111,15 +112,14 @@ def test_weights_survive_any_layout(model_type, tied, fused, groups, queries, di
         "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": groups * queries,
         "num_key_value_heads": groups, "head_dim": dim, "vocab_size": 16, "num_hidden_layers": layers,
         "model_type": model_type, "tie_word_embeddings": tied,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6,
     }  # fmt: skip
     table = weight_table(config, transformer_engine=fused)
     names = [name for weight in table for name in weight.hf_names]
     assert len(set(names)) == len(names)
-    for pp in [size for size in (1, 2, 4) if layers % size == 0]:
-        local = {
-            (stage_of(weight, num_layers=layers, pp_size=pp), local_name(weight, num_layers=layers, pp_size=pp))
-            for weight in table
-        }
+    for pp, ep in itertools.product([size for size in (1, 2, 4) if layers % size == 0], (1, 2, 4)):
+        layout = layout_of(config, pp_size=pp, ep_size=ep)
+        local = {(layout.stage(each), layout.ep_rank(each), layout.local_name(each)) for each in table}
         assert len(local) == len(table), "no two parameters of a stage have one name"
     generator = torch.Generator().manual_seed(seed)
     for weight in table:

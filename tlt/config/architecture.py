@@ -1,5 +1,31 @@
 """What several components read off a model's config.json in the same way."""
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Feed-forward layers of a mixture of experts: a router sends each token through a few of them."""
+
+    num: int
+    per_token: int
+    width: int
+    """Feed-forward width of one expert."""
+    renormalizes: bool
+    """Whether the chosen experts' probabilities are made to add up to 1."""
+
+
+def experts_of(hf_config: dict) -> Experts | None:
+    """Of a Qwen3-MoE model, all of whose layers have them (`read_hf_config` refuses others); None for a dense one."""
+    if hf_config["model_type"] != "qwen3_moe":
+        return None
+    return Experts(
+        num=hf_config.get("num_experts") or hf_config["num_local_experts"],  # transformers 5 writes the latter
+        per_token=hf_config["num_experts_per_tok"],
+        width=hf_config["moe_intermediate_size"],
+        renormalizes=bool(hf_config.get("norm_topk_prob", False)),
+    )
+
 
 def head_dim(hf_config: dict) -> int:
     """Size of one attention head."""

@@ -3,6 +3,7 @@
 import json
 import os
 
+from tlt.config.architecture import experts_of
 from tlt.config.policy import ModelConfig
 from tlt.config.requirement import require
 from tlt.config.run import RunConfig
@@ -20,12 +21,32 @@ def check_policy_layout(model: ModelConfig, *, world_size: int, hf_config: dict)
     )
     heads = hf_config["num_attention_heads"]
     kv_heads = hf_config.get("num_key_value_heads") or heads
-    layers, vocabulary, width = (hf_config[k] for k in ("num_hidden_layers", "vocab_size", "intermediate_size"))
+    layers, vocabulary = hf_config["num_hidden_layers"], hf_config["vocab_size"]
     require(heads % tp == 0, flag, tp, f"a divisor of the model's {heads} attention heads")
     require(kv_heads % tp == 0, flag, tp, f"a divisor of the model's {kv_heads} key-value heads")
     require(vocabulary % tp == 0, flag, tp, f"a divisor of the model's vocabulary of {vocabulary}")
-    require(width % tp == 0, flag, tp, f"a divisor of the model's feed-forward width of {width}")
     require(layers % pp == 0, "--pipeline-model-parallel-size", pp, f"a divisor of the model's {layers} layers")
+    check_feed_forward(model, world_size=world_size, hf_config=hf_config)
+
+
+def check_feed_forward(model: ModelConfig, *, world_size: int, hf_config: dict) -> None:
+    """How dense feed-forward layers, or experts, are dealt out."""
+    tp, ep = model.tensor_model_parallel_size, model.expert_model_parallel_size
+    flag, experts = "--expert-model-parallel-size", experts_of(hf_config)
+    if experts is None:
+        width = hf_config["intermediate_size"]
+        tensor_flag = "--tensor-model-parallel-size"
+        require(width % tp == 0, tensor_flag, tp, f"a divisor of the model's feed-forward width of {width}")
+        require(ep == 1, flag, ep, f"1: a model of type {hf_config['model_type']} has no experts")
+        return
+    ranks = world_size // model.pipeline_model_parallel_size
+    require(experts.num % ep == 0, flag, ep, f"a divisor of the model's {experts.num} experts")
+    require(ranks % ep == 0, flag, ep, f"a divisor of the {ranks} ranks of a pipeline stage")
+    # Experts are whole on their ranks, so tensor-parallel ranks have to send them different tokens; and megatron-core
+    # adds what they learn from these over all ranks of a stage only where experts are spread over ranks.
+    why = f"the model has experts and --tensor-model-parallel-size is {tp}"
+    require(tp == 1 or model.sequence_parallel, "--sequence-parallel", "off", f"on: {why}")
+    require(tp == 1 or ep > 1, flag, ep, f"at least 2: {why}")
 
 
 def check(config: RunConfig, *, world_size: int, ranks_per_node: int, hf_config: dict) -> None:
@@ -36,6 +57,9 @@ def check(config: RunConfig, *, world_size: int, ranks_per_node: int, hf_config:
     require(world_size % size == 0, flag, size, f"a divisor of the world size ({world_size} ranks)")
     heads = hf_config["num_attention_heads"]
     require(heads % size == 0, flag, size, f"a divisor of the model's {heads} attention heads")
+    experts = experts_of(hf_config)
+    if experts is not None:
+        require(experts.width % size == 0, flag, size, f"a divisor of the experts' width of {experts.width}")
     # Ranks of a replica exchange tensors in every layer of every token; on CPUs they do so through shared memory.
     require(ranks_per_node % size == 0, flag, size, f"a divisor of the ranks of a node ({ranks_per_node})")
     context = hf_config["max_position_embeddings"]
@@ -92,11 +116,18 @@ def read_hf_config(folder: str) -> dict:
     require(os.path.isfile(path), "--hf-model", folder, "a Hugging Face model directory (config.json is missing)")
     with open(path) as file:
         config = json.load(file)
-    supported = ("llama", "qwen2", "qwen3")
+    supported = ("llama", "qwen2", "qwen3", "qwen3_moe")
     require(
         config.get("model_type") in supported,
         "--hf-model",
         f"{folder} (model_type {config.get('model_type')!r})",
         f"a model of type {', '.join(supported)}",
+    )
+    dense = (config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or [])
+    require(
+        dense == (1, []),
+        f"--hf-model {folder}: decoder_sparse_step, mlp_only_layers",
+        dense,
+        "1 and []: a mixture of experts in all layers",
     )
     return config

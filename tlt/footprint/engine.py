@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import prod
 
 from tlt.config import RolloutConfig
-from tlt.config.architecture import head_dim
+from tlt.config.architecture import experts_of, head_dim
 from tlt.footprint.policy import FP32, num_entries, table_of
 from tlt.weight_sync.names import query_groups
 
@@ -89,6 +89,8 @@ def step_bytes(hf_config: dict, rollout: RolloutConfig, *, item_bytes: int) -> i
     """Two residual streams and the widest activations of a layer for all tokens of a step; for all requests six fp32
     rows of the vocabulary: logits, scaled ones, probabilities, and what the race between tokens needs."""
     num_tokens = rollout.max_num_batched_tokens or BATCHED_TOKENS
-    wide = 3 * hf_config["intermediate_size"] // rollout.tensor_parallel_size
+    experts = experts_of(hf_config)
+    width = hf_config["intermediate_size"] if experts is None else experts.per_token * experts.width
+    wide = 3 * width // rollout.tensor_parallel_size
     layer = num_tokens * (4 * hf_config["hidden_size"] + wide) * item_bytes
     return layer + 6 * rollout.max_num_seqs * hf_config["vocab_size"] * FP32

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import prod
 
 from tlt.config import ModelConfig, OptimizerConfig
-from tlt.config.architecture import head_dim
+from tlt.config.architecture import experts_of, head_dim
 from tlt.rl.logprobs import ROWS_PER_CHUNK
-from tlt.weight_sync.names import Weight, query_groups, stage_of, weight_table
+from tlt.weight_sync.names import Weight, layout_of, query_groups, weight_table
 
 FP32 = 4
 
@@ -32,6 +32,15 @@ class PolicyShards:
         return self.model.tensor_model_parallel_size
 
     @property
+    def ep_size(self) -> int:
+        return self.model.expert_model_parallel_size
+
+    @property
+    def expert_dp_size(self) -> int:
+        """Ranks of a stage that have the same experts."""
+        return self.dp_size * self.tp_size // self.ep_size
+
+    @property
     def item_bytes(self) -> int:
         """Of a weight or an activation."""
         return 2 if self.model.bf16 else FP32
@@ -52,30 +61,49 @@ def num_parameters(hf_config: dict) -> int:
     return sum(num_entries(weight) for weight in table_of(hf_config))
 
 
-def stage_parameters(shards: PolicyShards, stage: int) -> int:
-    """Parameters on each rank of a pipeline stage; the last stage has a copy of a tied embedding."""
-    layout = {"num_layers": shards.hf_config["num_hidden_layers"], "pp_size": shards.pp_size}
+@dataclass(frozen=True, kw_only=True)
+class StageParameters:
+    """Entries of the parameters on each rank of a pipeline stage."""
+
+    dense: int
+    of_experts: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.of_experts
+
+
+def stage_parameters(shards: PolicyShards, stage: int) -> StageParameters:
+    """The last stage has a copy of a tied embedding."""
+    layout = layout_of(shards.hf_config, pp_size=shards.pp_size, ep_size=shards.ep_size)
     table = table_of(shards.hf_config)
-    own = [weight for weight in table if stage_of(weight, **layout) == stage]
+    own = [weight for weight in table if layout.stage(weight) == stage]
     has_tied_copy = table[-1].name != "output_layer.weight" and 0 < stage == shards.pp_size - 1
     own += [table[0]] if has_tied_copy else []
-    return sum(num_entries(weight) // (1 if weight.kind == "replicated" else shards.tp_size) for weight in own)
+    dense = [weight for weight in own if weight.expert is None]
+    return StageParameters(
+        dense=sum(num_entries(each) // (1 if each.kind == "replicated" else shards.tp_size) for each in dense),
+        of_experts=sum(num_entries(each) for each in own if layout.ep_rank(each) == 0),
+    )
 
 
 def weight_bytes(shards: PolicyShards, stage: int) -> int:
-    return stage_parameters(shards, stage) * shards.item_bytes
+    return stage_parameters(shards, stage).total * shards.item_bytes
 
 
 def gradient_bytes(shards: PolicyShards, stage: int) -> int:
     """One fp32 buffer; a distributed optimizer shards its reduction, not the buffer."""
-    return stage_parameters(shards, stage) * FP32
+    return stage_parameters(shards, stage).total * FP32
 
 
 def optimizer_bytes(shards: PolicyShards, stage: int) -> int:
     """Both moments in fp32, and fp32 master weights of a bf16 model; a distributed optimizer has a part of each."""
     per_parameter = (3 if shards.model.bf16 else 2) * FP32
-    share = shards.dp_size if shards.optimizer.use_distributed_optimizer else 1
-    return per_parameter * -(-stage_parameters(shards, stage) // share)
+    own, is_shared = stage_parameters(shards, stage), shards.optimizer.use_distributed_optimizer
+    shares = (shards.dp_size, shards.expert_dp_size) if is_shared else (1, 1)
+    return per_parameter * sum(
+        -(-part // share) for part, share in zip((own.dense, own.of_experts), shares, strict=True)
+    )
 
 
 def layer_token_bytes(shards: PolicyShards) -> float:
@@ -84,14 +112,26 @@ def layer_token_bytes(shards: PolicyShards) -> float:
     Counted as in arXiv 2205.05198 for Megatron's code of this network, with an attention that keeps no matrix: input
     and output of both norms [H]; cosine and sine for query and key; query and key before and after rotation, value
     and attention output; gate and up projection, up again (an offset is added to it), the activated gate and its
-    product with up [F]. Sequence parallelism shards the norms too.
+    product with up [F]. Sequence parallelism shards the norms too. Experts: `expert_token_bytes`.
     """
     config, tp = shards.hf_config, shards.tp_size
     norms = 4 * config["hidden_size"] / (tp if shards.model.sequence_parallel else 1)
     tables = 4 * head_dim(config)
     attention = 3 * (config["num_attention_heads"] + query_groups(config)) * head_dim(config) / tp
-    mlp = 5 * config["intermediate_size"] / tp
-    return (norms + tables + attention + mlp) * shards.item_bytes
+    own = (norms + tables + attention) * shards.item_bytes
+    if experts_of(config) is not None:
+        return own + expert_token_bytes(shards)
+    return own + 5 * config["intermediate_size"] / tp * shards.item_bytes
+
+
+def expert_token_bytes(shards: PolicyShards) -> float:
+    """The same of a layer's experts, if all get as many tokens: for each expert of the token its input [H], gate and
+    up projection, up again, the activated gate, its product with up, and that weighted [F]; the router's logits, what
+    it chose and where the token went."""
+    experts = experts_of(shards.hf_config)
+    chosen = experts.per_token * (shards.hf_config["hidden_size"] + 6 * experts.width)
+    router = experts.num * (1 + shards.item_bytes)
+    return chosen * shards.item_bytes + router
 
 
 def activation_bytes(shards: PolicyShards, stage: int, *, num_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Megatron GPTModel from a Hugging Face config: Llama, Qwen2/2.5 and Qwen3 dense.
+"""Megatron GPTModel from a Hugging Face config: Llama, Qwen2/2.5, Qwen3 and Qwen3-MoE.
 
 Shapes: T packed tokens, N response tokens, H hidden, V_tp vocabulary shard. Megatron's activations are [T, 1, H];
 converted here.
@@ -16,10 +16,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.utils import unwrap_model
 
 from tlt.config import ModelConfig
-from tlt.config.architecture import head_dim, supported_rope
+from tlt.config.architecture import Experts, experts_of, head_dim, supported_rope
 from tlt.parallel import Parallel
 from tlt.policy.attention import PackedAttention, fastest_kernel, packed_bounds
 from tlt.types import PackedMicroBatch
@@ -41,6 +42,7 @@ def transformer_config(hf_config: dict, model: ModelConfig) -> TransformerConfig
     """Megatron's config of the same network; no fusion that only CUDA has."""
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if model.bf16 else torch.float32
+    experts = experts_of(hf_config)
     attention_bias = bool(hf_config.get("attention_bias", False))
     if attention_bias and hf_config["model_type"] != "qwen2":
         raise ValueError("--hf-model: attention_bias is supported for qwen2 only (there on q, k and v)")
@@ -57,7 +59,7 @@ def transformer_config(hf_config: dict, model: ModelConfig) -> TransformerConfig
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=hf_config["model_type"] == "qwen2",
-        qk_layernorm=hf_config["model_type"] == "qwen3",
+        qk_layernorm=hf_config["model_type"] in ("qwen3", "qwen3_moe"),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=model.bf16,
@@ -84,21 +86,68 @@ def transformer_config(hf_config: dict, model: ModelConfig) -> TransformerConfig
         recompute_granularity=None if model.recompute_granularity == "none" else model.recompute_granularity,
         recompute_method="uniform" if model.recompute_granularity == "full" else None,
         recompute_num_layers=1 if model.recompute_granularity == "full" else None,
+        **({} if experts is None else expert_settings(experts, model)),
     )
 
 
-def layer_spec(config: TransformerConfig, *, transformer_engine: bool, device: torch.device) -> ModuleSpec:
-    """One layer: Transformer Engine's on GPU, or Megatron's local one with packed attention."""
+def expert_settings(experts: Experts, model: ModelConfig) -> dict:
+    """Fields of Megatron's config. No loss balances the experts: the policy's objective is the user's, and responses
+    come from an engine that routes as it learned to."""
+    return {
+        "num_moe_experts": experts.num,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.width,
+        # The softmax of the chosen logits is that of all of them, made to add up to 1.
+        "moe_router_pre_softmax": not experts.renormalizes,
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": uses_transformer_engine(model),
+        "expert_model_parallel_size": model.expert_model_parallel_size,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
+def block_spec(
+    config: TransformerConfig, *, transformer_engine: bool, device: torch.device
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """A stage's layers: Transformer Engine's on GPU, or Megatron's local ones with packed attention."""
     if transformer_engine:
         logger.info("policy: Transformer Engine's layers")
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
     if device.type == "cuda":
         logger.info("policy: Megatron's local layers; Transformer Engine is absent or not asked for")
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     attention = spec.submodules.self_attention
     core = ModuleSpec(module=PackedAttention, params={"kernel": fastest_kernel(config, device)})
-    attention = replace(attention, submodules=replace(attention.submodules, core_attention=core))
-    return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
+    norms = {"q_layernorm": PolicyNorm, "k_layernorm": PolicyNorm} if config.qk_layernorm else {}
+    attention = replace(attention, submodules=replace(attention.submodules, core_attention=core, **norms))
+    stored_names = dict(spec.submodules.sharded_state_dict_keys_map)
+    if config.num_moe_experts is not None:  # Transformer Engine fuses this norm with a dense layer only
+        del stored_names["pre_mlp_layernorm."]
+    layer = replace(
+        spec.submodules,
+        input_layernorm=PolicyNorm,
+        pre_mlp_layernorm=PolicyNorm,
+        self_attention=attention,
+        sharded_state_dict_keys_map=stored_names,
+    )
+    layers = [replace(spec, submodules=layer)] * (config.num_layers // config.pipeline_model_parallel_size)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=PolicyNorm)
+
+
+class PolicyNorm:
+    """torch's RMSNorm. Megatron's own wrapper of it refuses sequence parallelism, under which each rank has the
+    gradient of its part of the tokens and Megatron adds those of marked weights."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> torch.nn.RMSNorm:
+        norm = torch.nn.RMSNorm(hidden_size, eps=eps)
+        norm.weight.sequence_parallel = config.sequence_parallel
+        return norm
 
 
 class PolicyModel(GPTModel):
@@ -121,7 +170,7 @@ def build_policy_model(hf_config: dict, model: ModelConfig, parallel: Parallel) 
     transformer_engine = uses_transformer_engine(model)
     stage = PolicyModel(
         config=config,
-        transformer_layer_spec=layer_spec(config, transformer_engine=transformer_engine, device=parallel.device),
+        transformer_layer_spec=block_spec(config, transformer_engine=transformer_engine, device=parallel.device),
         vocab_size=hf_config["vocab_size"],
         max_sequence_length=hf_config["max_position_embeddings"],
         pre_process=parallel.pp_rank == 0,

@@ -26,6 +26,7 @@ def build_optimizer(
             adam_eps=config.adam_eps,
             clip_grad=config.clip_grad,
             use_distributed_optimizer=config.use_distributed_optimizer,
+            overlap_param_gather=config.overlap_param_gather,
         ),
         [model],
     )

@@ -62,10 +62,13 @@ class MegatronPolicyTrainer:
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=optimizer.use_distributed_optimizer,
+                overlap_grad_reduce=optimizer.overlap_grad_reduce,
+                overlap_param_gather=optimizer.overlap_param_gather,
                 check_for_nan_in_grad=False,  # StepRefusal looks, and all ranks hear: this one would raise on one
             ),
             self.stage,
         )
+        self.gathers_late = optimizer.overlap_param_gather
         self.optimizer, self.scheduler = build_optimizer(
             self.ddp,
             optimizer,
@@ -111,6 +114,8 @@ class MegatronPolicyTrainer:
                 total.add(metrics)
                 if grad_norm is not None:
                     grad_norms.append(grad_norm)
+            if self.gathers_late:  # whoever reads the weights next has no forward pass to wait in
+                self.ddp.start_param_sync(force_sync=True)
         metrics = {f"policy/{name}": value for name, value in self._reduce(total).items()}
         metrics["policy/grad_norm"] = sum(grad_norms) / len(grad_norms) if grad_norms else 0.0
         metrics["policy/lr"] = self.optimizer.param_groups[0]["lr"]
@@ -243,8 +248,11 @@ class MegatronPolicyTrainer:
     def checkpoint_bytes(self) -> int:
         """This rank's part of what `save` writes: weights, two moments and, beside bf16, master weights in float32."""
         num_floats = 3 if self.model_config.bf16 else 2
-        own = sum(each.numel() * (each.element_size() + 4 * num_floats) for each in self.stage.parameters())
-        return own // self.parallel.dp_size
+        copies = {True: self.parallel.dp_size, False: parallel_state.get_expert_data_parallel_world_size()}
+        return sum(
+            each.numel() * (each.element_size() + 4 * num_floats) // copies[getattr(each, "allreduce", True)]
+            for each in self.stage.parameters()
+        )
 
     def save(self, folder: Path) -> None:
         """Write model, optimizer and schedule. Collective over all ranks; all must call."""

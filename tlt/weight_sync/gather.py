@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 
 from tlt.parallel import Parallel
 from tlt.weight_sync.hf_directory import INDEX
-from tlt.weight_sync.names import Weight, local_name, query_groups, shard, stage_of, unshard, weight_table
+from tlt.weight_sync.names import Weight, layout_of, query_groups, shard, unshard, weight_table
 
 
 class PolicyWeights:
@@ -20,15 +20,14 @@ class PolicyWeights:
         self.hf_config = hf_config
         self.parallel = parallel
         self.groups = query_groups(hf_config)
+        self.layout = layout_of(hf_config, pp_size=parallel.pp_size, ep_size=parallel.ep_size)
         self.table = weight_table(hf_config, transformer_engine=transformer_engine)
         self.parameters = dict(stage.named_parameters())
         self._check_complete()
 
-    def _layout(self) -> dict[str, int]:
-        return {"num_layers": self.hf_config["num_hidden_layers"], "pp_size": self.parallel.pp_size}
-
     def is_mine(self, weight: Weight) -> bool:
-        return stage_of(weight, **self._layout()) == self.parallel.pp_rank
+        has_expert = self.layout.ep_rank(weight) in (None, self.parallel.ep_rank)
+        return has_expert and self.layout.stage(weight) == self.parallel.pp_rank
 
     def _tied_copy(self) -> torch.nn.Parameter | None:
         """The last stage's own copy of tied embeddings, which the table does not list."""
@@ -39,7 +38,7 @@ class PolicyWeights:
 
     def _check_complete(self) -> None:
         """Every parameter of this stage is in the table exactly once; RuntimeError otherwise."""
-        expected = {local_name(weight, **self._layout()) for weight in self.table if self.is_mine(weight)}
+        expected = {self.layout.local_name(weight) for weight in self.table if self.is_mine(weight)}
         if self._tied_copy() is not None:
             expected.add("output_layer.weight")
         if expected != set(self.parameters):
@@ -53,24 +52,32 @@ class PolicyWeights:
         """(Hugging Face name, full tensor) of the whole model, the same order on all ranks, one parameter at a time.
 
         A tensor is valid until the next one is taken; it may be the policy's own memory and is not to be written to.
-        Collective over all ranks: tensor-parallel all-gather, then pipeline broadcast; all must consume it.
+        Collective over all ranks: tensor-parallel all-gather, then a broadcast to expert-parallel ranks and one to
+        pipeline stages; all must consume it.
         """
         for weight in self.table:
-            owner = stage_of(weight, **self._layout())
-            if owner == self.parallel.pp_rank:
-                own = self.parameters[local_name(weight, **self._layout())].data
+            if self.is_mine(weight):
+                own = self.parameters[self.layout.local_name(weight)].data
                 tensors = unshard(weight, self._all_shards(weight, own), groups=self.groups)
             else:
                 like = next(iter(self.parameters.values()))
                 tensors = [torch.empty(shape, dtype=like.dtype, device=like.device) for shape in weight.hf_shapes]
             for name, tensor in zip(weight.hf_names, tensors, strict=True):
-                if self.parallel.pp_size > 1:
-                    group = parallel_state.get_pipeline_model_parallel_group()
-                    dist.broadcast(tensor, src=dist.get_global_rank(group, owner), group=group)
+                self._spread(weight, tensor)
                 yield name, tensor
 
+    def _spread(self, weight: Weight, tensor: torch.Tensor) -> None:
+        """From the ranks that own the parameter to all others."""
+        stage, ep_rank = self.layout.stage(weight), self.layout.ep_rank(weight)
+        if ep_rank is not None and self.parallel.ep_size > 1 and stage == self.parallel.pp_rank:
+            group = parallel_state.get_expert_model_parallel_group()
+            dist.broadcast(tensor, src=dist.get_global_rank(group, ep_rank), group=group)
+        if self.parallel.pp_size > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast(tensor, src=dist.get_global_rank(group, stage), group=group)
+
     def _all_shards(self, weight: Weight, own: torch.Tensor) -> list[torch.Tensor]:
-        if weight.kind == "replicated" or self.parallel.tp_size == 1:
+        if weight.kind == "replicated" or weight.expert is not None or self.parallel.tp_size == 1:
             return [own]
         shards = [torch.empty_like(own) for _ in range(self.parallel.tp_size)]
         dist.all_gather(shards, own.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
@@ -86,7 +93,7 @@ class PolicyWeights:
         for weight in self.table:
             copies = []
             if self.is_mine(weight):
-                copies.append(self.parameters[local_name(weight, **self._layout())])
+                copies.append(self.parameters[self.layout.local_name(weight)])
             if weight.name == "embedding.word_embeddings.weight" and self._tied_copy() is not None:
                 copies.append(self._tied_copy())
             if not copies:

@@ -1,7 +1,7 @@
 """Weights of a Megatron checkpoint (torch_dist) as Hugging Face tensors, layer by layer, without a model in memory.
 
 A checkpoint has each parameter whole, under Transformer Engine's names whatever layers wrote it; those of all layers
-are one array with a first axis of layers.
+are one array with a first axis of layers, and those of all experts have a second axis of experts.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from tlt.config.architecture import experts_of
 from tlt.weight_sync.names import Weight, query_groups, unshard, weight_table
 
 
@@ -61,27 +62,41 @@ class StoredWeights:
     def _read(self, weights: list[Weight]) -> list[torch.Tensor]:
         """Parameters of one layer, or those outside of all layers."""
         tensors, items = {}, []
-        for weight in weights:
-            key, slab = self._slab(weight)
+        keys = [self._key(weight) for weight in weights]
+        for weight, key in zip(weights, keys, strict=True):
+            if key in tensors:  # of another expert
+                continue
+            slab = self._slab(weight, key)
             tensors[key] = torch.empty(slab.sizes, dtype=self.dtype)
             items += create_read_items_for_chunk_list(key, self.arrays[key], [slab])
         self.reader.read_data(LoadPlan(items), Slabs(tensors)).wait()
-        return [
-            tensor.flatten(0, tensor.ndim - len(weight.hf_shapes[0]))
-            for weight, tensor in zip(weights, tensors.values(), strict=True)
-        ]
+        return [_part(weight, tensors[key]) for weight, key in zip(weights, keys, strict=True)]
 
-    def _slab(self, weight: Weight) -> tuple[str, ChunkStorageMetadata]:
-        """Its array, and where it lies in it."""
-        shape = (sum(shape[0] for shape in weight.hf_shapes), *weight.hf_shapes[0][1:])
+    def _key(self, weight: Weight) -> str:
+        """Name of the array that the parameter is a part of."""
+        key = weight.name.replace(f"layers.{weight.stage_layer}.", "layers.", 1)
+        if weight.expert is None:
+            return key
+        return key.replace("mlp.experts.", "mlp.experts.experts.", 1).removesuffix(str(weight.expert))
+
+    def _slab(self, weight: Weight, key: str) -> ChunkStorageMetadata:
+        """What of the array is of its layer, all experts' parts where there are any."""
+        own = (sum(shape[0] for shape in weight.hf_shapes), *weight.hf_shapes[0][1:])
         layer, num_layers = weight.stage_layer, self.hf_config["num_hidden_layers"]
-        key, offset, whole = weight.name, (), shape
-        if 0 <= layer < num_layers:
-            key = weight.name.replace(f"layers.{layer}.", "layers.", 1)
-            offset, whole = (layer,), (num_layers, *shape)
+        is_in_layer = 0 <= layer < num_layers
+        if weight.expert is not None:
+            own = (experts_of(self.hf_config).num, *own)
+        whole = (num_layers, *own) if is_in_layer else own
         found = self.arrays.get(key)
         if found is None or tuple(found.size) != whole:
             has = "no such array" if found is None else f"one of {tuple(found.size)}"
             raise ValueError(f"{self.checkpoint}: {key} should be an array of {whole} for this model, there is {has}")
-        sizes = torch.Size((*(1 for _ in offset), *shape))
-        return key, ChunkStorageMetadata(offsets=torch.Size((*offset, *(0 for _ in shape))), sizes=sizes)
+        offset, sizes = ((layer,), (1, *own)) if is_in_layer else ((), own)
+        return ChunkStorageMetadata(offsets=torch.Size((*offset, *(0 for _ in own))), sizes=torch.Size(sizes))
+
+
+def _part(weight: Weight, slab: torch.Tensor) -> torch.Tensor:
+    """The parameter in what was read of its layer."""
+    if weight.expert is not None:
+        return slab[0, weight.expert]
+    return slab.flatten(0, slab.ndim - len(weight.hf_shapes[0]))
