@@ -11,9 +11,10 @@ import torch
 
 from tests.distributed.ranks import run_ranks
 from tests.engine.engines import EOS, all_rollouts, generate, make_engine, make_prompts, tokens
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import EXPERTS, write_tiny_model
 from tlt.protocols import RolloutInterrupted
 from tlt.rl.logprobs import LogprobOutputs, vocab_parallel_logprobs
+from tlt.rollout.vllm import experts
 from tlt.types import SamplingConfig
 from tlt.weight_sync.gather import HfDirectory
 
@@ -115,9 +116,26 @@ def _samples_loads_and_stops(rank: int, world_size: int, folder: Path, other: Pa
     engine.close()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", EXPERTS])
 def test_engine_samples_the_policy_and_holds_what_was_sent(tiny_models, tmp_path, kind):
     run_ranks(_samples_loads_and_stops, 1, tiny_models[kind], write_tiny_model(kind, tmp_path, seed=9))
+
+
+def _unpacked_experts_are_noticed(rank: int, world_size: int, folder: Path) -> None:
+    engine = make_engine(folder)
+    experts.pack_again = lambda model: None  # of this process
+
+    def sync() -> None:
+        engine.load_weights(iter(weights_of(folder).items()), policy_version=2)
+        engine.check_weights(weights_of(folder))
+
+    with pytest.raises(RuntimeError, match="other values"):
+        sync()
+    engine.close()
+
+
+def test_what_vllm_does_to_experts_that_it_loads_again_would_be_noticed(tiny_models):
+    run_ranks(_unpacked_experts_are_noticed, 1, tiny_models[EXPERTS])
 
 
 def _preempted(rank: int, world_size: int, folder: Path, expected_file: Path, blocks: int) -> None:

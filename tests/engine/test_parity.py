@@ -13,6 +13,7 @@ import torch
 from tests.distributed.ranks import run_ranks
 from tests.distributed.trainer_cases import make_trainer
 from tests.engine.engines import generate, make_engine, make_prompts
+from tests.tiny_models import EXPERTS
 from tlt.config import OptimizerConfig, RLConfig
 from tlt.rl.train_batch import build_train_batch
 from tlt.types import RolloutGroup, SamplingConfig
@@ -31,10 +32,12 @@ def all_groups(parallel, groups: list[RolloutGroup], is_leader: bool) -> list[Ro
     ]
 
 
-def _engine_samples_from_the_policy(rank, world_size, folder: Path, tp: int, pp: int, rollout_tp: int) -> None:
+def _engine_samples_from_the_policy(
+    rank, world_size, folder: Path, tp: int, pp: int, rollout_tp: int, ep: int = 1
+) -> None:
     rl = RLConfig(optimizer_steps=2)
     trainer = make_trainer(
-        folder, tp=tp, pp=pp, rl=rl, sampling=SAMPLING, optimizer=OptimizerConfig(lr=3e-3), max_tokens=100
+        folder, tp=tp, pp=pp, ep=ep, rl=rl, sampling=SAMPLING, optimizer=OptimizerConfig(lr=3e-3), max_tokens=100
     )
     engine = make_engine(folder, tensor_parallel_size=rollout_tp)
     for version in range(3):
@@ -64,6 +67,11 @@ def _engine_samples_from_the_policy(rank, world_size, folder: Path, tp: int, pp:
 )
 def test_engine_samples_from_the_policy_after_every_update(tiny_models, kind, tp, pp, rollout_tp):
     run_ranks(_engine_samples_from_the_policy, 2, tiny_models[kind], tp, pp, rollout_tp)
+
+
+@pytest.mark.parametrize(("ep", "rollout_tp"), [(2, 1), (1, 2)])
+def test_engine_samples_from_a_policy_of_experts_after_every_update(tiny_models, ep, rollout_tp):
+    run_ranks(_engine_samples_from_the_policy, 2, tiny_models[EXPERTS], 1, 1, rollout_tp, ep)
 
 
 def _bf16_difference_stays_small(rank, world_size, folder: Path) -> None:

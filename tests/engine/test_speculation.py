@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tests.distributed.ranks import run_ranks
 from tests.engine.engines import generate, make_engine, make_prompts, tokens
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import EXPERTS, write_tiny_model
 from tlt.config import SpecConfig, read_hf_config
 from tlt.drafter.model import EagleHead, HeadShape, initialize, save_head
 from tlt.rollout.vllm.learned_drafter import DraftRequest
@@ -163,7 +163,7 @@ def _identity(rank: int, world_size: int, folder: Path, head: Path, expected_fil
     engine.close()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", EXPERTS])
 def test_no_strategy_changes_a_token(tmp_path, kind):
     folder = write_tiny_model(kind, tmp_path, **PEAKED)
     ids = torch.arange(0, 512, 2) if kind == "qwen3" else None

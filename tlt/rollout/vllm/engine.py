@@ -19,7 +19,7 @@ from tlt.rollout.consolidation import Consolidation, NoConsolidation
 from tlt.rollout.outlook import NoOutlook, Outlook
 from tlt.rollout.placement import longest_first, place_groups
 from tlt.rollout.resources import give_back_memory
-from tlt.rollout.vllm import readback, shared_memory
+from tlt.rollout.vllm import experts, readback, shared_memory
 from tlt.rollout.vllm.drafting import speculative_config
 from tlt.rollout.vllm.graph_check import keep_one_schedule
 from tlt.rollout.vllm.requests import Requests
@@ -328,6 +328,7 @@ class VLLMRolloutEngine:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
         torch.set_num_threads(num_threads)
         self._renew_tied_output_layer()
+        experts.pack_again(self.runner.get_model())
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("the engine still holds blocks of unfinished requests: its prefix cache was not reset")
         self._check_parts(sample)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from tlt.rollout.vllm import experts
+
 COLUMNS_READ = 8
 """Columns read of a packed linear layer, spread over its width."""
 
@@ -18,6 +20,7 @@ FUSED = {
 }  # fmt: skip
 ROW_PARALLEL = ("o_proj", "down_proj")
 VOCABULARY = ("embed_tokens", "lm_head")
+ROUTER = "gate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class OwnPart:
 
 def own_part(model: nn.Module, name: str, sent: torch.Tensor, *, tp_rank: int, tp_size: int) -> OwnPart:
     """A copy of what is compared of the full tensor `sent` under its Hugging Face name."""
+    if (weight := experts.located(model, name)) is not None:
+        return OwnPart(values=weight.own_part(sent, tp_rank=tp_rank, tp_size=tp_size), width=None)
     module, leaf, own, part = _located(model, name)
     found, is_matrix = sent, False
     if own in VOCABULARY:
@@ -38,6 +43,8 @@ def own_part(model: nn.Module, name: str, sent: torch.Tensor, *, tp_rank: int, t
         found, is_matrix = sent[begin:end], own == "lm_head"
     elif own in ROW_PARALLEL:
         found, is_matrix = sent.chunk(tp_size, dim=1)[tp_rank], True
+    elif own == ROUTER:
+        is_matrix = True
     elif part is not None:
         found, is_matrix = _rows_of(sent, module.output_partition_sizes[part], tp_rank, tp_size), leaf != "bias"
     if not is_matrix:
@@ -48,8 +55,10 @@ def own_part(model: nn.Module, name: str, sent: torch.Tensor, *, tp_rank: int, t
 
 def mismatch(model: nn.Module, name: str, expected: OwnPart) -> str | None:
     """What differs between the live engine's part of a weight and what it is to be."""
-    module, leaf, own, part = _located(model, name)
     values = expected.values.to(next(model.parameters()).device)
+    if (weight := experts.located(model, name)) is not None:
+        return None if weight.holds(values) else f"{name}: values differ"
+    module, leaf, own, part = _located(model, name)
     begin = 0 if part is None else sum(module.output_partition_sizes[:part])
     rows = slice(begin, begin + len(values))
     if expected.width is None:
