@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.e2e import runs
+from tests.tiny_models import EXPERTS
 from tools import profile_workload
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
@@ -124,6 +125,17 @@ def test_layouts_of_policy_and_rollout_are_independent(tiny_models, undisturbed,
     # The same rollouts (fp32, the same seeds), the same update: sums in another order
     for name in ("rl/reward", "policy/entropy", "policy/grad_norm", "rollout/response_tokens_mean"):
         assert got[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+def test_experts_spread_over_ranks_are_trained_and_go_on_from_a_checkpoint(tiny_models, tmp_path):
+    layout = {"expert_model_parallel_size": 2, "use_distributed_optimizer": True, "spec_strategy": "suffix:4"}
+    for last in (2, 3):
+        small = {"train_iters": last, "rollout_max_response_tokens": 30, "eval_num_prompts": 2}
+        runs.run_forked("pretrain_rl", runs.flags(tiny_models[EXPERTS], tmp_path / "run", **layout, **small))
+    records = runs.records(tmp_path / "run")
+    assert [record["iteration"] for record in records] == [0, 1, 2, 3]
+    assert all(record["policy/logprob_diff_max"] < 2e-3 for record in records[1:])
+    assert any(record["policy/grad_norm"] > 0 for record in records[1:])  # a random model's rewards may all be equal
 
 
 def test_bad_input_ends_both_ranks_within_seconds_with_one_line(tiny_models, tmp_path):
