@@ -16,8 +16,9 @@ from tlt.drafter.buffer import HiddenStateBuffer
 from tlt.drafter.learner import HeadLearner
 from tlt.spot.board import TailBoard
 from tlt.spot.rank_state import TRANSITIONS, Event, Rank, RankState
-from tlt.spot.training import SpotTraining, newest
+from tlt.spot.training import SpotTraining, is_held_out, newest
 from tlt.trace import NoTrace
+from tlt.types import prompt_id_of, rollout_name
 
 
 class Counters:
@@ -172,7 +173,7 @@ class Engine:
         self.policy_version = version
         for index, length in enumerate(lengths):
             sample = replace(make_sample(length, 3, seed=index), policy_version=version)
-            self.buffer.add(replace(sample, request_id=f"{version}:p#{index}"))
+            self.buffer.add(replace(sample, request_id=rollout_name(f"{version}:p{index // 2}", index % 2)))
 
     def hidden_state_samples(self) -> list:
         return list(self.buffer)
@@ -216,7 +217,26 @@ def test_old_samples_are_left_and_held_out_ones_are_never_trained_on():
         learner.judged.clear()
     assert engine.buffer.num_dropped > 0
     assert not trained & judged
-    assert len(judged) == pytest.approx(180 / 4, abs=18)  # 3 standard deviations of 5.8
+    prompts = set(map(prompt_id_of, judged))
+    assert not prompts & set(map(prompt_id_of, trained)), "siblings of what is trained on are no judges"
+    assert len(prompts) == pytest.approx(90 / 4, abs=13)  # 3 standard deviations of 4.1
+
+
+@pytest.mark.parametrize("are_held_out", [False, True])
+def test_a_rank_of_one_prompt_trains_on_all_of_it_or_on_none_of_it(are_held_out):
+    config, learner, engine = SpotConfig(held_out_every=2), Watched(), Engine(max_bytes=230_000)
+    samples = [make_sample(20, 3, seed=seed) for seed in range(4)]
+    names = (f"p{number}" for number in range(100))
+    prompt = next(
+        name for name in names
+        if is_held_out(replace(samples[0], request_id=rollout_name(name, 0)), every=2) == are_held_out
+    )  # fmt: skip
+    for number, sample in enumerate(samples):
+        engine.buffer.add(replace(sample, request_id=rollout_name(prompt, number)))
+    watched_tail(engine, learner, config)
+    assert (len(learner.trained), len(learner.judged)) == ((0, 0) if are_held_out else (4, 0))
+    held_out = [sample for sample in engine.buffer if is_held_out(sample, every=2)]
+    assert len(held_out) == 4 * are_held_out
 
 
 def make_learner(seed: int = 1, *, embedding: torch.Tensor | None = None) -> HeadLearner:

@@ -23,7 +23,7 @@ class SpotConfig:
     """Policy versions that a hidden state may be older than the newest: its targets are read out with today's LM
     head."""
     held_out_every: int = 8
-    """One response in so many is never trained on and judges new weights against those that draft."""
+    """The responses of one prompt in so many are never trained on and judge new weights against those that draft."""
     judge_starts: int = 512
     """Drafts of held-out responses, on each rank, after which no further response judges, the newest ones first: all
     ranks wait for it."""

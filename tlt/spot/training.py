@@ -22,7 +22,7 @@ from tlt.spot.judgement import judgement, judgement_sums
 from tlt.spot.opportunity import GainRecord, SwitchCost
 from tlt.spot.rank_state import Event, Rank, RankState
 from tlt.trace import Trace
-from tlt.types import HiddenStateSample, TailReport
+from tlt.types import HiddenStateSample, TailReport, prompt_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +64,10 @@ def newest(samples: Sequence[HiddenStateSample], *, num_starts: int) -> list[Hid
 
 
 def is_held_out(sample: HiddenStateSample, *, every: int) -> bool:
-    """Whether a response is one in `every` that no head is trained on, so that it may judge them: a function of its
-    name, the same wherever and whenever asked."""
-    digest = hashlib.sha256(sample.request_id.encode()).digest()
+    """Whether a response is of one in `every` prompts that no head is trained on, so that it may judge them: a
+    function of the prompt's name, the same wherever and whenever asked. Siblings share much text: all of them judge or
+    none. A rank of few prompts may have no judge, or nothing else."""
+    digest = hashlib.sha256(prompt_id_of(sample.request_id).encode()).digest()
     return int.from_bytes(digest[:4], "little") % every == 0
 
 
