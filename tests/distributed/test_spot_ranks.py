@@ -69,7 +69,7 @@ class Counting:
             self.value += self.by
             on_step()
 
-    def average(self, sum_over_ranks, *, weight: float) -> None:
+    def average(self, sum_over_ranks, gather, *, weight: float) -> None:
         self.value = sum_over_ranks(self.value * weight if weight > 0 else torch.zeros(1))
 
     def scores(self, samples, *, live) -> torch.Tensor:

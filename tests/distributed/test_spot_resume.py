@@ -3,6 +3,7 @@
 The engine is a dictionary of weights; that pretrain_rl.py is wired this way is in tests/e2e/test_rollout_tool.py.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,8 +63,8 @@ class Board(TailBoard):
         return False
 
 
-def start(rank: int, world_size: int) -> SpotTraining:
-    """As a run starts it, with the head of --spec-drafter."""
+def start(rank: int, world_size: int, steps: Sequence[int] = (15, 16)) -> SpotTraining:
+    """As a run starts it, with the head of --spec-drafter; each rank makes its number of steps in a rollout."""
     target = make_target()
     learner = HeadLearner(
         make_trainer().head, DrafterConfig(starts_per_step=16, warmup_steps=0, num_depths=3), seed=rank,
@@ -73,7 +74,7 @@ def start(rank: int, world_size: int) -> SpotTraining:
     spot = SpotTraining(
         learner, Engine(learner.published(), rank=rank), Board(None, rank=rank, world_size=world_size),
         Meeting(rank, world_size), config=SpotConfig(held_out_every=3),
-        is_stopped=lambda: spot.num_steps >= 15 + rank, trace=NoTrace(),
+        is_stopped=lambda: spot.num_steps >= steps[rank], trace=NoTrace(),
     )  # fmt: skip
     return spot
 
@@ -114,7 +115,7 @@ def _resume(rank: int, world_size: int, save: Path) -> None:
     assert same({name: parameter.detach() for name, parameter in trainer.parameters.items()}, parameters)
     assert same(trainer.average, run.learner.trainer.average)
     assert trainer.seed == rank, "ranks that draw alike would train on the same order"
-    # Rank 0's moments, on all ranks: loaded, used and then changed.
+    # Those of all ranks, saved by one: loaded, used and then changed.
     moments = resumed.parallel.all_gather_objects(trainer.optimizer.state_dict()["state"][0]["exp_avg"])
     assert all(torch.equal(moments[0], each) for each in moments)
     assert moments[0].abs().max() > 0
@@ -127,6 +128,30 @@ def _resume(rank: int, world_size: int, save: Path) -> None:
 
 def test_a_resumed_run_goes_on_with_the_saved_head(tmp_path):
     run_ranks(_resume, 2, tmp_path / "run")
+
+
+def _one_trained(rank: int, world_size: int, save: Path) -> None:
+    """Rank 0, whose state is saved, had no tail; in the next rollout both have one."""
+    steps = [0, 16]
+    run = start(rank, world_size, steps)
+    assert rollout(run)["spot/steps"] == 16
+    checkpoints(run, save, run.parallel).save(RunState(iteration=1))
+    resumed = start(rank, world_size, steps)
+    resumed.load_state_dict(read_tail_state(latest_checkpoint(save)))
+    steps[:] = [5, 6]
+    expected, found = rollout(run), rollout(resumed)
+    assert found["spot/steps"] == expected["spot/steps"] == 11
+    first, second = run.learner.trainer, resumed.learner.trainer
+    assert first.num_steps == second.num_steps == 22
+    for own, other in zip(
+        (*first.parameters.values(), *first.average.values(), *first.moments()),
+        (*second.parameters.values(), *second.average.values(), *second.moments()), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)  # micro-steps of other sizes
+
+
+def test_what_one_rank_learned_is_gone_on_with_on_all(tmp_path):
+    run_ranks(_one_trained, 2, tmp_path / "run")
 
 
 def _failed(rank: int, world_size: int, save: Path) -> None:

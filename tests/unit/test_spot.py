@@ -3,6 +3,7 @@
 Real processes, failures and delays: tests/distributed/test_spot_ranks.py.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import torch
 from tests.unit.drafter_cases import make_sample, make_target, make_trainer
 from tlt.config import DrafterConfig, SpotConfig
 from tlt.drafter import trainer
+from tlt.drafter.batch import whole
 from tlt.drafter.buffer import HiddenStateBuffer
 from tlt.drafter.learner import HeadLearner
 from tlt.spot.board import TailBoard
@@ -153,7 +155,7 @@ class Watched:
         self.trained += samples
         on_step()
 
-    def average(self, sum_over_ranks, *, weight: float) -> None:
+    def average(self, sum_over_ranks, gather, *, weight: float) -> None:
         """One rank is its own mean."""
 
     def scores(self, samples, *, live) -> torch.Tensor:
@@ -200,6 +202,9 @@ class Alone:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
+
+    def all_gather_objects(self, value) -> list:
+        return [value]
 
 
 def test_old_samples_are_left_and_held_out_ones_are_never_trained_on():
@@ -258,24 +263,70 @@ def trained(num_steps: int, seed: int = 1) -> HeadLearner:
     return learner
 
 
-def test_weights_become_the_mean_of_the_ranks_by_their_steps():
-    learners = [trained(3, seed=1), trained(1, seed=2), make_learner()]
-    with torch.no_grad():
-        for parameter in learners[2].trainer.parameters.values():
-            parameter.fill_(float("nan"))  # a rank whose trainer failed
-    weights = (0.75, 0.25, 0.0)
-    expected = {
-        name: 0.75 * learners[0].trainer.parameters[name].detach() + 0.25 * parameter.detach()
-        for name, parameter in learners[1].trainer.parameters.items()
-    }
+def step(learner: HeadLearner) -> None:
+    learner.trainer.micro_step_starts = 16  # measured, so of other sizes: sums in another order
+    learner.trainer.step([whole(sample) for sample in SAMPLES])
+
+
+def shared_by(learner: HeadLearner) -> list[torch.Tensor]:
+    """All that ranks make one of."""
+    parts = (learner.trainer.parameters.values(), learner.trainer.average.values(), learner.trainer.moments())
+    return [tensor.detach().clone() for part in parts for tensor in part]
+
+
+def meet(learners: list[HeadLearner], weights: list[float]) -> None:
+    """As on ranks of their own; first each one's part is made, then all get the sum."""
     parts: list[torch.Tensor] = []
+    counts: list[list[int]] = []
+    copies = copy.deepcopy(learners)
+    for learner, weight in zip(copies, weights, strict=True):
+        learner.average(
+            lambda flat: (parts.append(flat), flat)[1], lambda own: (counts.append(own), [own])[1], weight=weight
+        )  # fmt: skip
     for learner, weight in zip(learners, weights, strict=True):
-        learner.average(lambda flat: (parts.append(flat), flat)[1], weight=weight)
-    total = sum(parts)
+        learner.average(lambda flat: sum(parts), lambda own: counts, weight=weight)
+
+
+def test_weights_and_optimizers_become_the_mean_of_the_ranks_by_their_steps():
+    learners = [trained(3, seed=1), trained(1, seed=2), make_learner(), trained(9, seed=3)]
+    with torch.no_grad():
+        for tensor in (*learners[3].trainer.parameters.values(), *learners[3].trainer.moments()):
+            tensor.fill_(float("nan"))  # a rank whose trainer failed
+    first, second, idle = map(shared_by, learners[:3])
+    assert len(idle) == 4 * len(learners[0].trainer.parameters)
+    expected = [0.75 * one + 0.25 * other for one, other in zip(first, second, strict=True)]
+    meet(learners, [0.75, 0.25, 0.0, 0.0])
     for learner in learners:
-        learner.average(lambda flat: total, weight=1.0)
-        for name, parameter in learner.trainer.parameters.items():
-            torch.testing.assert_close(parameter.detach(), expected[name])
+        for found, tensor in zip(shared_by(learner), expected, strict=True):
+            torch.testing.assert_close(found, tensor)
+        assert learner.trainer.num_steps == 3
+        assert {int(state["step"]) for state in learner.trainer.optimizer.state.values()} == {3}
+    # Whoever trains next makes the same step.
+    for learner in learners:
+        step(learner)
+    for learner in learners[1:]:
+        for found, tensor in zip(shared_by(learner), shared_by(learners[0]), strict=True):
+            assert torch.equal(found, tensor)
+
+
+def test_training_that_begins_anew_keeps_nothing_of_the_one_before():
+    learner, fresh = trained(5), make_learner()
+    learner.begin_from(fresh.published())
+    fresh.trainer.num_passes = learner.trainer.num_passes  # goes on: each pass takes other starts
+    for each in (learner, fresh):
+        step(each)
+    for found, tensor in zip(shared_by(learner), shared_by(fresh), strict=True):
+        torch.testing.assert_close(found, tensor)
+
+
+def test_the_average_of_a_head_that_drafts_holds_on_to_it():
+    learner = make_learner()
+    live, decay = learner.published(), learner.trainer.config.ema_decay
+    step(learner)
+    for name, parameter in learner.trainer.parameters.items():
+        torch.testing.assert_close(
+            learner.published()[name], decay * live[name] + (1 - decay) * parameter.detach()
+        )  # fmt: skip
 
 
 def test_a_score_is_the_expected_number_of_accepted_tokens_and_rises_with_training():

@@ -16,7 +16,7 @@ class SpotConfig:
     """Learning rate of AdamW: the head is good already and follows the policy; --drafter-lr is for a head from
     nothing."""
     warmup_steps: int = 10
-    """Optimizer steps of linear warm-up at the first training of a run."""
+    """Optimizer steps of linear warm-up at the first training of a run, and of one that begins anew."""
     ema_decay: float = 0.9
     """Of the average of weights that is published: a tail has some ten steps, too few for --drafter-ema-decay."""
     max_age: int = 2

@@ -17,8 +17,8 @@ STARTS_PER_PACK = 512
 
 
 class HeadLearner:
-    """`target()` gives the policy's embedding [V, H] and the output rows [V_draft, H] that drafts are read out with,
-    as they are now."""
+    """`head` drafts already; `target()` gives the policy's embedding [V, H] and the output rows [V_draft, H] that
+    drafts are read out with, as they are now."""
 
     def __init__(
         self, head: EagleHead, config: DrafterConfig, *, target: Callable[[], tuple[torch.Tensor, torch.Tensor]],
@@ -28,8 +28,9 @@ class HeadLearner:
         self.temperature = temperature
         own = self._target()
         self.trainer = DrafterTrainer(
-            head.to(own.output_weight.device), config, target=own, seed=seed, dtype=own.embedding.dtype
-        )
+            head.to(own.output_weight.device), config, target=own, seed=seed, dtype=own.embedding.dtype,
+            is_trained=True,
+        )  # fmt: skip
 
     def _target(self) -> Target:
         embedding, output_weight = self.target()
@@ -53,12 +54,18 @@ class HeadLearner:
             )  # fmt: skip
 
     @torch.no_grad()
-    def average(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], *, weight: float) -> None:
-        """Weights and their running average become the mean over ranks; this rank's count `weight`, all together 1.
+    def average(
+        self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+        gather: Callable[[list[int]], list[list[int]]], *, weight: float,
+    ) -> None:  # fmt: skip
+        """Weights, their running average and Adam's moments become the mean over ranks; this rank's count `weight`,
+        all together 1. Steps are counted on from the most that any of them made: whoever trains next goes on with a
+        warm optimizer. What is trained on changes, so the pass is over.
 
-        Collective over the ranks that `sum_over_ranks` sums over.
+        Collective over the ranks that `sum_over_ranks` sums over and `gather` hears.
         """
-        tensors = [*self.trainer.parameters.values(), *self.trainer.average.values()]
+        trainer = self.trainer
+        tensors = [*trainer.parameters.values(), *trainer.average.values(), *trainer.moments()]
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         # A rank that counts for nothing may hold anything, NaN included.
         flat = flat * weight if weight > 0 else torch.zeros_like(flat)
@@ -66,6 +73,9 @@ class HeadLearner:
             tensors, sum_over_ranks(flat.cpu()).split([tensor.numel() for tensor in tensors]), strict=True
         ):
             tensor.copy_(mean.view_as(tensor))
+        counts = [trainer.num_steps, trainer.num_passes] if weight > 0 else [0, 0]
+        num_steps, num_passes = map(max, zip(*gather(counts), strict=True))
+        trainer.set_steps(num_steps, num_passes=num_passes + 1)
 
     def scores(self, samples: Sequence[HiddenStateSample], *, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[R, 3] float64, of each response that is long enough: accepted tokens that drafts of the live weights, and
@@ -119,12 +129,9 @@ class HeadLearner:
         """Weights to draft with."""
         return self.trainer.published()
 
-    @torch.no_grad()
     def begin_from(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from these weights, which become their own running average."""
-        self._hold(tensors)
-        for name, average in self.trainer.average.items():
-            average.copy_(tensors[name])
+        """Train these weights anew: no average, moment or warm-up of others is left."""
+        self.trainer.begin_from(tensors)
 
     def state_dict(self) -> dict:
         """Weights, running average, optimizer and counters."""

@@ -194,7 +194,9 @@ class SpotTraining:
 
     def _meet(self, num_steps: float, train_s: float, *, cost_frac: float | None) -> dict[str, float]:
         """Average, judge and load; the sums are those of all ranks."""
-        self.learner.average(self.parallel.sum, weight=self.num_steps / num_steps)
+        self.learner.average(
+            self.parallel.sum, self.parallel.all_gather_objects, weight=self.num_steps / num_steps
+        )  # fmt: skip
         held_out = self._samples(self.engine.hidden_state_samples(), are_held_out=True)
         judges = newest(held_out, num_starts=self.config.judge_starts)
         live = self.engine.drafter_tensors()
