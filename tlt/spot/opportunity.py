@@ -21,6 +21,8 @@ LASTING = 8
 """Rollouts that a gain is counted for: later ones have it too, while the policy moves away from what was learned."""
 SWITCHES = 5
 """Last switches that the median is taken of."""
+DOUBT = 0.8
+"""What is left of a switch's seconds when a tail was skipped for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,11 @@ class SwitchCost:
     def observe_none(self, seconds: float) -> None:
         """The tail ended after so many seconds, before the first optimizer step."""
         self._seconds.append(max(seconds, self.seconds))
+
+    def skipped(self) -> None:
+        """A tail was never long enough: nothing was measured, so what once was is held on to the less. The first
+        switches hold what is paid but once, and would else be the last ones."""
+        self._seconds = deque((DOUBT * seconds for seconds in self._seconds), maxlen=SWITCHES)
 
     def fits(self, remaining_s: float | None) -> bool:
         """Whether a tail that is expected to last so long gives one optimizer step; None is not known."""

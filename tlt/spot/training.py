@@ -113,7 +113,9 @@ class SpotTraining:
         if not self.has_failed and self.gains.is_due(self.engine.policy_version) and not self._is_over():
             was_too_short = not self._opens()
             begin_s = time.perf_counter()
-            if not was_too_short:
+            if was_too_short:
+                self.switch.skipped()
+            else:
                 self._train(begin_s)
             if self.num_steps > num_before:
                 train_s = time.perf_counter() - begin_s
