@@ -29,12 +29,13 @@ def judged(live: float, gain: float, error: float = 0.001) -> Judgement:
 
 
 def record_of(gains: list[float], *, error: float = 0.001, cost_frac: float | None = 0.0, **config) -> GainRecord:
-    """A training for each policy version from 0 on, none published."""
+    """A training for each policy version from 0 on, each of the weights that draft, none published."""
     record = GainRecord(**{"min_gain_frac": 0.002, **config})
     for version, gain in enumerate(gains):
         record.count(
             judged(1.0, gain, error), policy_version=version, cost_frac=cost_frac, num_steps=PATIENCE_STEPS
         )  # fmt: skip
+        record.begun_anew()
     return record
 
 
@@ -96,8 +97,33 @@ def test_a_gain_must_exceed_its_error_and_its_price():
     first = record_of([0.02], cost_frac=None)
     for version in (1, 2):
         first.count(found, policy_version=version, cost_frac=LASTING * 0.011, num_steps=PATIENCE_STEPS)
+        first.begun_anew()
     assert not first.is_due(3), "a first meeting whose price is not known yet is no cheap one"
     assert record_of([0.0] * 9, error=math.inf).is_due(9), "one response tells nothing: it is no reason to skip"
+
+
+def test_a_gain_that_is_not_published_is_counted_once():
+    record, added = GainRecord(min_gain_frac=0.002), []
+
+    def count(gain: float, error: float = 0.001) -> None:
+        version = len(added)
+        metrics = record.count(
+            judged(1.0, gain, error), policy_version=version, cost_frac=0.0, num_steps=PATIENCE_STEPS
+        )  # fmt: skip
+        assert metrics["spot/gain"] == pytest.approx(gain)
+        added.append(metrics["spot/added_gain"])
+
+    for gain in (0.02, 0.02, 0.03, 0.02):  # the candidate carries over and learns next to nothing more
+        count(gain)
+    assert added == pytest.approx([0.02, 0.0, 0.01, -0.01])
+    assert not record.is_due(4), "the last three gained nothing"
+    record.published(judged(1.0, 0.02), policy_version=3)
+    count(0.03)
+    record.begun_anew()
+    count(0.04)
+    count(0.5, error=math.inf)  # one response tells nothing of what is carried either
+    count(0.05)
+    assert added[4:] == pytest.approx([0.03, 0.04, 0.46, 0.01])
 
 
 def test_the_faster_drafts_get_stale_the_sooner_they_are_trained_again():

@@ -54,6 +54,8 @@ class DrafterQuality:
         if judged.is_better:
             self.gains.published(judged, policy_version=self.version)
             self.share = better
+        else:
+            self.gains.begun_anew()  # the model forgets what does not draft
 
     def policy_updated(self) -> None:
         """The text that is to be drafted has changed a little."""

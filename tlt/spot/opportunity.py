@@ -49,21 +49,27 @@ class GainRecord:
         self.losses_frac: deque[float] = deque(maxlen=SESSIONS)
         """For each policy version that passed since the weights that draft were published."""
         self._published: tuple[int, float] | None = None
+        self._carried = 0.0
+        """Gain of the trained weights that was judged and counted, and not published: the next one contains it."""
         self._num_steps = 0.0
 
     def count(
         self, judged: Judgement, *, policy_version: int, cost_frac: float | None, num_steps: float
     ) -> dict[str, float]:  # fmt: skip
-        """A training of so many optimizer steps was judged; metrics."""
+        """A training of so many optimizer steps was judged; metrics. It gained what trained weights are better by than
+        they were before it."""
         self._num_steps += num_steps
+        added = judged.gain - self._carried
         metrics = {
-            "spot/gain": judged.gain, "spot/live_score": judged.live, "spot/candidate_score": judged.candidate,
+            "spot/gain": judged.gain, "spot/added_gain": added, "spot/live_score": judged.live,
+            "spot/candidate_score": judged.candidate,
         }  # fmt: skip
         if math.isfinite(judged.error):  # else nothing tells a gain from chance
             metrics["spot/gain_error"] = judged.error
+            self._carried = judged.gain
             self.sessions.append(
                 Session(
-                    policy_version=policy_version, gain_frac=judged.frac(judged.gain),
+                    policy_version=policy_version, gain_frac=judged.frac(added),
                     error_frac=judged.frac(judged.error), cost_frac=cost_frac,
                 )
             )  # fmt: skip
@@ -76,6 +82,11 @@ class GainRecord:
     def published(self, judged: Judgement, *, policy_version: int) -> None:
         """The trained weights draft from now on."""
         self._published = (policy_version, judged.candidate)
+        self._carried = 0.0
+
+    def begun_anew(self) -> None:
+        """The trained weights were dropped for those that draft."""
+        self._carried = 0.0
 
     @property
     def needed_frac(self) -> float:

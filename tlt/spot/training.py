@@ -212,7 +212,7 @@ class SpotTraining:
             expected, drafts = self.parallel.sum(self.learner.score(judges, self.first).sum(0)).tolist()
             metrics["spot/first_score"] = expected / drafts
         if train_s > 0:
-            metrics["spot/gain_per_idle_s"] = judged.gain / train_s
+            metrics["spot/gain_per_idle_s"] = metrics["spot/added_gain"] / train_s
         if judged.is_better:
             # A replica that withdrew a head on its own is ahead of the others.
             versions = self.parallel.all_gather_objects(self.engine.drafter_version)
@@ -221,6 +221,7 @@ class SpotTraining:
             metrics["spot/published"] = 1.0
         elif judged.is_worse:
             self.learner.begin_from(live)  # a training that went wrong is not gone on with
+            self.gains.begun_anew()
         return metrics
 
     def state_dict(self) -> dict:
