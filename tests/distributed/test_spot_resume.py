@@ -111,6 +111,9 @@ def _resume(rank: int, world_size: int, save: Path) -> None:
     resumed.load_state_dict(state)
     assert resumed.engine.drafter_version == run.engine.drafter_version == 2
     assert same(resumed.engine.drafter_tensors(), live)
+    assert resumed.gains.state_dict() == run.gains.state_dict()
+    assert len(resumed.gains.sessions) == 2
+    assert resumed.meeting_s == run.parallel.all_gather_objects(run.meeting_s)[0] > 0
     trainer = resumed.learner.trainer
     assert same({name: parameter.detach() for name, parameter in trainer.parameters.items()}, parameters)
     assert same(trainer.average, run.learner.trainer.average)
@@ -172,6 +175,20 @@ def _failed(rank: int, world_size: int, save: Path) -> None:
 
 def test_a_trainer_that_failed_is_not_saved(tmp_path):
     run_ranks(_failed, 2, tmp_path / "run")
+
+
+def _older(rank: int, world_size: int, save: Path) -> None:
+    run, resumed = start(rank, world_size), start(rank, world_size)
+    rollout(run)
+    state = run.state_dict()
+    resumed.load_state_dict({name: state[name] for name in ("live", "version", "learner")})
+    assert same(resumed.engine.drafter_tensors(), run.engine.drafter_tensors())
+    assert resumed.gains.state_dict() == start(rank, world_size).gains.state_dict(), "gains are measured anew"
+    assert rollout(resumed)["spot/steps"] == 31
+
+
+def test_a_checkpoint_without_gains_is_gone_on_from(tmp_path):
+    run_ranks(_older, 2, tmp_path / "run")
 
 
 def _without(rank: int, world_size: int, save: Path) -> None:

@@ -126,6 +126,27 @@ def test_a_gain_that_is_not_published_is_counted_once():
     assert added[4:] == pytest.approx([0.03, 0.04, 0.46, 0.01])
 
 
+def test_a_resumed_record_decides_as_the_one_that_was_saved(tmp_path):
+    saved = record_of([0.02] * SESSIONS, cost_frac=LASTING * 0.011)
+    saved.published(judged(1.0, 0.02), policy_version=2)
+    first = judged(1.0 - 0.01, 0.03)
+    saved.count(first, policy_version=4, cost_frac=None, num_steps=1)
+    torch.save(saved.state_dict(), tmp_path / "gains.pt")
+    resumed = GainRecord(min_gain_frac=0.002)
+    resumed.load_state_dict(torch.load(tmp_path / "gains.pt", weights_only=True))
+    assert resumed.state_dict() == saved.state_dict()
+    for version in range(5, 40):
+        assert resumed.is_due(version) == saved.is_due(version)
+        assert resumed.interval == saved.interval
+        found = judged(0.9 - 0.005 * version, 0.001)
+        counts = [
+            record.count(found, policy_version=version, cost_frac=0.1, num_steps=9) for record in (saved, resumed)
+        ]
+        assert counts[0] == counts[1]
+        assert "spot/staleness" in counts[0]
+    assert not resumed.is_due(40), "or the record was empty"
+
+
 def test_the_faster_drafts_get_stale_the_sooner_they_are_trained_again():
     intervals = []
     for loss in (0.0, 0.001, 0.002, 0.1):

@@ -5,7 +5,8 @@ No clock, no store and no random number is read here: decisions are functions of
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from statistics import fmean, median
 
 from tlt.spot.judgement import Judgement
@@ -87,6 +88,22 @@ class GainRecord:
     def begun_anew(self) -> None:
         """The trained weights were dropped for those that draft."""
         self._carried = 0.0
+
+    def state_dict(self) -> dict:
+        """What a resumed run decides by; plain values."""
+        return {
+            "sessions": [asdict(session) for session in self.sessions],
+            "losses_frac": list(self.losses_frac),
+            "published": self._published,
+            "carried": self._carried,
+            "num_steps": self._num_steps,
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Take the place of what is held; the least gain stays this run's own."""
+        self.sessions = deque((Session(**fields) for fields in state["sessions"]), maxlen=SESSIONS)
+        self.losses_frac = deque(state["losses_frac"], maxlen=SESSIONS)
+        self._published, self._carried, self._num_steps = state["published"], state["carried"], state["num_steps"]
 
     @property
     def needed_frac(self) -> float:

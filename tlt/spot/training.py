@@ -225,8 +225,12 @@ class SpotTraining:
         return metrics
 
     def state_dict(self) -> dict:
-        """The head that drafts, and its trainer unless that has failed: it may hold anything then, NaN included."""
-        state = {"live": self.engine.drafter_tensors(), "version": self.engine.drafter_version}
+        """The head that drafts, what trainings gained, and its trainer unless that has failed: it may hold anything
+        then, NaN included."""
+        state = {
+            "live": self.engine.drafter_tensors(), "version": self.engine.drafter_version,
+            "gains": self.gains.state_dict(), "meeting_s": self.meeting_s,
+        }  # fmt: skip
         return state if self.has_failed else state | {"learner": self.learner.state_dict()}
 
     def load_state_dict(self, state: Mapping) -> None:
@@ -235,8 +239,12 @@ class SpotTraining:
         if not state:
             return
         self.engine.load_drafter(state["live"], drafter_version=state["version"])
+        if "gains" in state:  # older checkpoints have none
+            self.gains.load_state_dict(state["gains"])
+            self.meeting_s = state["meeting_s"]
         if "learner" in state:
             self.learner.load_state_dict(state["learner"])
         else:
             self.learner.begin_from(state["live"])
+            self.gains.begun_anew()
         logger.info("the drafter goes on as version %d", state["version"])
