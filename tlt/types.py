@@ -187,6 +187,8 @@ class TailReport:
     """Trained its drafter."""
     num_steps: int = 0
     """Optimizer steps."""
+    did_train: bool = False
+    """Its trainer began; all may have ended before its first optimizer step."""
     has_failed: bool = False
     """Its trainer raised, now or before."""
     expected_s: float = 0.0

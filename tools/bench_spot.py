@@ -221,7 +221,8 @@ def rows(found: dict[str, list[dict]]) -> list[dict]:
                 one.get("spot/idle_rank_s_used_frac", 0.0) * each for one, each in zip(records, idle_s, strict=True)
             ]  # fmt: skip
             row["idle_used_frac_of_sums"] = sum(used_s) / sum(idle_s)
-            late_ms = [1e3 * one["spot/preemption_s_max"] for one in trained]
+            # Also where all ended before the first optimizer step.
+            late_ms = [1e3 * one["spot/preemption_s_max"] for one in records if "spot/preemption_s_max" in one]
             row |= {"preemption_p50_ms": percentile(late_ms, 0.5), "preemption_p99_ms": percentile(late_ms, 0.99)}
         result.append(row)
     return result

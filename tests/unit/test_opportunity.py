@@ -1,6 +1,7 @@
 """When idle ranks train: measured gains against their error and price, staleness, and tails that are too short."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 from tests.unit.test_spot import Alone, Counters, Engine, Watched
 from tlt.config import SpotConfig
+from tlt.rollout.collector import ReplicaReport, tail_metrics
+from tlt.rollout.resources import own_resources
 from tlt.spot.board import TailBoard
 from tlt.spot.judgement import Judgement, judgement, judgement_sums
 from tlt.spot.opportunity import (
@@ -22,6 +25,7 @@ from tlt.spot.opportunity import (
 )
 from tlt.spot.training import SpotTraining
 from tlt.trace import NoTrace
+from tlt.types import EngineStats, TailReport
 
 
 def judged(live: float, gain: float, error: float = 0.001) -> Judgement:
@@ -261,6 +265,39 @@ def test_a_rank_trains_in_tails_that_are_long_enough(told_s, trains):
         assert spot.switch.seconds == pytest.approx(1.0, abs=0.1), "the median of 2 s and nearly nothing"
     else:
         assert spot.switch.seconds == pytest.approx(2.0 * DOUBT)
+
+
+class Drained(Watched):
+    """Told to stop before its first optimizer step."""
+
+    def train(self, samples, *, should_stop, on_step) -> None:
+        self.trained += samples
+
+
+def test_a_training_without_a_step_counts_for_how_late_ranks_come_back():
+    engine = Engine(max_bytes=230_000)
+    engine.rollout(1, range(8, 48))
+    spot = SpotTraining(
+        Drained(), engine, board_of(5.0), Alone(), config=SpotConfig(), is_stopped=Looks(4), trace=NoTrace()
+    )
+    spot.begin()
+    report = spot.use_tail()
+    assert (report.did_train, report.num_steps) == (True, 0)
+
+    def metrics(*tails: TailReport) -> dict[str, float]:
+        own = {
+            "groups": [], "stats": EngineStats(), "begin_s": 0.0, "end_s": 9.0, "reward_stats": {},
+            "interrupted": False, "resources": own_resources(history_bytes=0),
+        }  # fmt: skip
+        return tail_metrics([ReplicaReport(tail=tail, **own) for tail in tails], end_s=9.0, idle_s=4.0)
+
+    drained = replace(report, back_s=9.25, expected_s=0.0)
+    stepped = TailReport(did_train=True, num_steps=2, train_s=3.0, back_s=9.125)
+    waited = TailReport(back_s=9.75, expected_s=2.0)
+    assert metrics(drained, stepped, waited)["spot/preemption_s_max"] == 0.25
+    assert metrics(drained)["spot/preemption_s_max"] == 0.25
+    assert metrics(stepped, waited)["spot/preemption_s_max"] == 0.125
+    assert "spot/preemption_s_max" not in metrics(waited), "one that waits is late for nothing"
 
 
 def test_a_rank_that_is_not_due_waits_where_ranks_meet():

@@ -109,20 +109,21 @@ class SpotTraining:
         where there is nothing to train on or training is not due; the rank then waits where ranks meet."""
         self.rank.on(Event.OWN_ROLLOUT_ENDED)
         self.board.ended()
-        expected_s, num_before, train_s, was_too_short = self.board.remaining_s() or 0.0, self.num_steps, 0.0, False
+        expected_s, num_before, train_s = self.board.remaining_s() or 0.0, self.num_steps, 0.0
+        did_train = was_too_short = False
         if not self.has_failed and self.gains.is_due(self.engine.policy_version) and not self._is_over():
             was_too_short = not self._opens()
             begin_s = time.perf_counter()
             if was_too_short:
                 self.switch.skipped()
             else:
-                self._train(begin_s)
+                did_train = self._train(begin_s)
             if self.num_steps > num_before:
                 train_s = time.perf_counter() - begin_s
         self.train_s += train_s
         report = TailReport(
-            train_s=train_s, num_steps=max(self.num_steps - num_before, 0), has_failed=self.has_failed,
-            back_s=time.time(), expected_s=expected_s, was_too_short=was_too_short,
+            train_s=train_s, num_steps=max(self.num_steps - num_before, 0), did_train=did_train,
+            has_failed=self.has_failed, back_s=time.time(), expected_s=expected_s, was_too_short=was_too_short,
         )  # fmt: skip
         self.rank.on(Event.LEFT_TAIL)
         return report
@@ -135,10 +136,11 @@ class SpotTraining:
             time.sleep(LOOK_S)
         return False
 
-    def _train(self, begin_s: float) -> None:
+    def _train(self, begin_s: float) -> bool:
+        """Until all have ended; whether there was anything to train on."""
         samples = self._samples(self.engine.training_samples(seed=self.engine.policy_version), are_held_out=False)
         if not samples:
-            return
+            return False
         self.rank.on(Event.TRAINING_BEGAN)
         num_before = self.num_steps
 
@@ -159,6 +161,7 @@ class SpotTraining:
         if self.num_steps == num_before:
             self.switch.observe_none(time.perf_counter() - begin_s)
         self.rank.on(Event.TRAINER_RAISED if self.has_failed else Event.TRAINING_ENDED)
+        return True
 
     def _samples(self, samples: Sequence[HiddenStateSample], *, are_held_out: bool) -> list[HiddenStateSample]:
         """Those that are young enough, and that judge or do not."""
