@@ -44,6 +44,8 @@ class SamplingConfig:
     """0 keeps all tokens."""
     max_response_tokens: int
     ignore_eos: bool = False
+    is_learned_from: bool = True
+    """Whether a drafter may be trained on such responses."""
 
 
 def rollout_name(prompt_id: str, sample_index: int) -> str:
