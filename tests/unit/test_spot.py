@@ -166,7 +166,7 @@ class Watched:
 class Engine:
     """Part of the engine that is asked for, with a real buffer."""
 
-    policy_version = 0
+    policy_version = drafter_version = 0
 
     def __init__(self, *, max_bytes: int):
         self.buffer = HiddenStateBuffer(max_bytes)

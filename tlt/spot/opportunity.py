@@ -85,6 +85,10 @@ class GainRecord:
         self._published = (policy_version, judged.candidate)
         self._carried = 0.0
 
+    def withdrawn(self) -> None:
+        """What was published does not draft any more: its score says nothing of the weights that do."""
+        self._published = None
+
     def begun_anew(self) -> None:
         """The trained weights were dropped for those that draft."""
         self._carried = 0.0

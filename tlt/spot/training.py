@@ -180,6 +180,7 @@ class SpotTraining:
 
         Collective over all ranks; all must call, after they met."""
         assert self.rank.state is RankState.BACK, "the rank still trains"
+        self._agree_on_live()
         rollout_s = time.perf_counter() - self.begin_s
         own = [self.num_steps, self.has_failed, self.train_s, self.meeting_s, rollout_s]
         total = self.parallel.sum(torch.tensor([float(value) for value in own], dtype=torch.float64))
@@ -196,6 +197,24 @@ class SpotTraining:
         self.meeting_s = time.perf_counter() - begin_s
         self.num_steps, self.train_s = 0, 0.0
         return metrics
+
+    def _agree_on_live(self) -> None:
+        """One head drafts on all ranks: where a replica withdrew one on its own, and is a version ahead, all do.
+
+        Collective over all ranks; all must call."""
+        versions = self.parallel.all_gather_objects(self.engine.drafter_version)
+        highest = max(versions)
+        if min(versions) == highest:
+            return
+        is_teller = self.parallel.rank == versions.index(highest)
+        live = {}
+        for name, tensor in self.engine.drafter_tensors().items():
+            told = tensor.float() if is_teller else torch.zeros(tensor.shape)
+            live[name] = self.parallel.sum(told).to(tensor.dtype)
+        if self.engine.drafter_version != highest:
+            self.engine.load_drafter(live, drafter_version=highest)
+        self.gains.withdrawn()
+        logger.warning("a drafter was withdrawn by %d of %d ranks, now by all", versions.count(highest), len(versions))
 
     def _meet(self, num_steps: float, train_s: float, *, cost_frac: float | None) -> dict[str, float]:
         """Average, judge and load; the sums are those of all ranks."""
@@ -217,9 +236,7 @@ class SpotTraining:
         if train_s > 0:
             metrics["spot/gain_per_idle_s"] = metrics["spot/added_gain"] / train_s
         if judged.is_better:
-            # A replica that withdrew a head on its own is ahead of the others.
-            versions = self.parallel.all_gather_objects(self.engine.drafter_version)
-            self.engine.load_drafter(self.learner.published(), drafter_version=max(versions) + 1)
+            self.engine.load_drafter(self.learner.published(), drafter_version=self.engine.drafter_version + 1)
             self.gains.published(judged, policy_version=version)
             metrics["spot/published"] = 1.0
         elif judged.is_worse:
