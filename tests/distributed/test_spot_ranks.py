@@ -141,7 +141,7 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
         written_s = max(each for each in world.all_gather_objects(spot.board.written_s))
         assert sum(begin > written_s for begin in learner.begins_s) <= 1, (case, rollout)
         if case == "withdrawn" and rollout == 1:
-            spot.gains.published(Judgement(live=0.0, candidate=1.0, error=0.1), policy_version=2)
+            spot.gains.published(Judgement(live=0.0, candidate=1.0, error=0.1, num_judges=4), policy_version=2)
             if rank == 2:  # its watchdog loads the head before this one
                 engine.load_drafter({"value": torch.tensor([7.0])}, drafter_version=1)
         metrics = spot.publish()

@@ -29,7 +29,7 @@ from tlt.types import EngineStats, TailReport
 
 
 def judged(live: float, gain: float, error: float = 0.001) -> Judgement:
-    return Judgement(live=live, candidate=live + gain, error=error)
+    return Judgement(live=live, candidate=live + gain, error=error, num_judges=100)
 
 
 def record_of(gains: list[float], *, error: float = 0.001, cost_frac: float | None = 0.0, **config) -> GainRecord:
@@ -52,6 +52,8 @@ def test_a_judgement_is_the_same_however_responses_are_spread_over_ranks():
     assert whole.live == pytest.approx(float(scores[:, 0].sum() / scores[:, 2].sum()))
     assert judgement(judgement_sums(scores[:0])) is None
     assert judgement(judgement_sums(scores[:1])).error == math.inf
+    assert not judgement(judgement_sums(scores[:1])).is_worse
+    assert (whole.num_judges, spread.num_judges) == (12, 12)
 
 
 def test_the_error_of_a_gain_is_how_far_repeated_judgements_scatter():
@@ -66,6 +68,16 @@ def test_the_error_of_a_gain_is_how_far_repeated_judgements_scatter():
     scatter = float(torch.tensor(gains).std())
     assert sum(errors) / len(errors) == pytest.approx(scatter, rel=0.15)
     assert sum(gains) / len(gains) == pytest.approx(0.5, abs=4 * scatter / 20)
+
+
+@pytest.mark.parametrize("num_judges", [2, 3, 4, 8, 14, 40])
+def test_weights_that_are_as_good_are_dropped_once_in_forty(num_judges):
+    generator, trials = torch.Generator().manual_seed(3), 4000
+    dropped = 0
+    for differences in torch.randn(trials, num_judges, generator=generator, dtype=torch.float64):
+        ones = torch.ones(num_judges, dtype=torch.float64)
+        dropped += judgement(judgement_sums(torch.stack([ones, ones + differences, ones], dim=1))).is_worse
+    assert dropped / trials == pytest.approx(1 / 40, abs=0.0075)  # 3 standard deviations of 0.0025
 
 
 def test_gains_go_on_being_trained_for_and_nothing_gained_is_skipped_and_probed():

@@ -63,7 +63,7 @@ class GainRecord:
         added = judged.gain - self._carried
         metrics = {
             "spot/gain": judged.gain, "spot/added_gain": added, "spot/live_score": judged.live,
-            "spot/candidate_score": judged.candidate,
+            "spot/candidate_score": judged.candidate, "spot/judges": float(judged.num_judges),
         }  # fmt: skip
         if math.isfinite(judged.error):  # else nothing tells a gain from chance
             metrics["spot/gain_error"] = judged.error
