@@ -367,6 +367,15 @@ def test_nothing_to_train_on_returns_at_once():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("num_questions", "num_steps"), [(1, 0), (2, 0), (3, 1)])
+def test_half_of_a_step_is_made_when_the_tail_ends(num_questions, num_steps):
+    learner, answers, steps = make_learner(), [*[False] * (num_questions - 1), True], []
+    learner.trainer.micro_step_starts = 6  # a step has the 20 starts of two samples, in four micro-steps
+    learner.train(SAMPLES, should_stop=lambda: answers.pop(0), on_step=lambda: steps.append(1))
+    assert not answers
+    assert len(steps) == learner.trainer.num_steps == num_steps
+
+
 def test_the_newest_held_out_responses_judge_until_they_have_enough_drafts():
     samples = [make_sample(length, 3, seed=length) for length in (30, 10, 20, 12)]
     assert newest(samples, num_starts=8) == samples[3:], "8 drafts begin in the last one"

@@ -15,6 +15,10 @@ from tlt.types import HiddenStateSample
 STARTS_PER_PACK = 512
 """Judged together, where a response has not more: a pass over few rows costs nearly what one over many does."""
 
+LEAST_FRAC = 0.5
+"""Of an optimizer step's starts that it is made of where no more were gathered when the tail ended: a tail has few
+steps, and fewer starts are no good estimate of a gradient that counts as a whole step."""
+
 
 class HeadLearner:
     """`head` drafts already; `target()` gives the policy's embedding [V, H] and the output rows [V_draft, H] that
@@ -43,15 +47,15 @@ class HeadLearner:
         self, samples: Sequence[HiddenStateSample], *, should_stop: Callable[[], bool], on_step: Callable[[], None]
     ) -> None:
         """Passes over the samples until `should_stop()`, asked after every micro-step; `on_step` is called after each
-        optimizer step. Returns at once where no sample is long enough."""
+        optimizer step, the last of which may be of half its starts. Returns at once where no sample is long enough."""
         pieces = [piece for piece in map(whole, samples) if piece.num_starts > 0]
         if not pieces:
             return
         self.trainer.renew_target(self._target())
-        if not should_stop():
-            self.trainer.train(
-                pieces, progress=lambda: 0.0, should_stop=should_stop, on_step=lambda metrics: on_step()
-            )  # fmt: skip
+        self.trainer.train(
+            pieces, progress=lambda: 0.0, should_stop=should_stop, on_step=lambda metrics: on_step(),
+            least_frac=LEAST_FRAC,
+        )  # fmt: skip
 
     @torch.no_grad()
     def average(

@@ -95,19 +95,24 @@ class DrafterTrainer:
     def train(
         self, pieces: Sequence[Piece], *, progress: Callable[[], float],
         should_stop: Callable[[], bool] = lambda: False,
-        on_step: Callable[[Mapping[str, float]], None] = lambda metrics: None,
+        on_step: Callable[[Mapping[str, float]], None] = lambda metrics: None, least_frac: float = 1.0,
     ) -> None:  # fmt: skip
         """Passes over all pieces until `progress()` reaches 1 or `should_stop()`.
 
         `progress` is the share done, which sets the learning rate; it is asked once before each optimizer step and
         must return the same on all ranks. Any rank may stop all: alone at once after a micro-step, dropping what the
-        optimizer step had gathered; in a group at the end of the optimizer step. Collective over the group.
+        optimizer step had gathered, or making it of that where it is `least_frac` of the starts; in a group at the
+        end of the optimizer step. Collective over the group.
         """
         if not any(piece.num_starts for piece in pieces):
             raise ValueError("there is nothing to train on: no response has two tokens")
         steps = self._steps(pieces)
         while (done := progress()) < 1:
-            metrics = self.step(next(steps), lr_scale=self.lr_scale(done), should_stop=should_stop)
+            if self.group is None and should_stop():
+                return
+            metrics = self.step(
+                next(steps), lr_scale=self.lr_scale(done), should_stop=should_stop, least_frac=least_frac
+            )  # fmt: skip
             if not metrics:
                 return
             self.num_steps_in_pass += 1
@@ -131,22 +136,30 @@ class DrafterTrainer:
         return warmup * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
     def step(
-        self, pieces: Sequence[Piece], *, lr_scale: float = 1.0, should_stop: Callable[[], bool] = lambda: False
-    ) -> dict[str, float]:
-        """One optimizer step; means of its metrics. {} if stopped before its end: then nothing was changed.
+        self, pieces: Sequence[Piece], *, lr_scale: float = 1.0, should_stop: Callable[[], bool] = lambda: False,
+        least_frac: float = 1.0,
+    ) -> dict[str, float]:  # fmt: skip
+        """One optimizer step; means of its metrics. {} if stopped before `least_frac` of its starts were gathered:
+        then nothing was changed.
 
         Raises FloatingPointError, and changes nothing, where a gradient is not finite; on all ranks of the group.
         Collective over the group; all ranks must call, with pieces of their own.
         """
         begin_s = time.perf_counter()
         sums: dict[str, torch.Tensor] = {}
+        num_left, is_stopped = sum(piece.num_starts for piece in pieces), False
+        most_left = (1 - least_frac) * num_left
         for micro in micro_batches(pieces, self.micro_step_starts):
             for name, value in self.micro_step(micro).items():
                 sums[name] = sums[name] + value if name in sums else value
+            num_left -= sum(piece.num_starts for piece in micro)
             if self.group is None and should_stop():
-                self.optimizer.zero_grad(set_to_none=True)
-                return {}
-        sums["stop"] = torch.tensor(float(should_stop()))
+                is_stopped = True
+                break
+        if is_stopped and num_left > most_left:
+            self.optimizer.zero_grad(set_to_none=True)
+            return {}
+        sums["stop"] = torch.tensor(float(is_stopped or should_stop()))
         sums = self._reduce(sums)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_grad)
         if not norm.isfinite():
