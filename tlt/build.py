@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,14 +206,15 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
     tail = build_tail_work(config, engine, parallel, board, interrupt=interrupt, trace=trace)
     tail.load_state_dict(inputs.tail_state)
     engine.speculation.load_state_dict(inputs.learned)  # after the head, whose loading casts doubt on what it is worth
-    rollouts = RolloutCollector(
-        engine, rewards, parallel, history=history, tail=tail, interrupt=interrupt, trace=trace
-    )
+    collector = partial(
+        RolloutCollector, engine, rewards, parallel, history=history, interrupt=interrupt, trace=trace
+    )  # fmt: skip
+    rollouts = collector(tail=tail)
     training = config.training
     log = RolloutLog(save / "rollouts", interval=config.rollout.save_interval, is_writer=parallel.rank == 0)
     evaluation = Evaluation(
-        inputs.held_out, rollouts, sampling=sampling, num_samples=config.eval.num_samples, rollout_log=log,
-        interval=config.eval.interval, train_iters=training.train_iters,
+        inputs.held_out, collector(tail=NoSpotTraining()), sampling=sampling, num_samples=config.eval.num_samples,
+        rollout_log=log, interval=config.eval.interval, train_iters=training.train_iters,
     )  # fmt: skip
     checkpoints = build_checkpoints(
         training, trainer, parallel, history=history, tail=tail, speculation=engine.speculation, trace=trace,

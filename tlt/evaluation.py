@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tlt.rollout.collector import RolloutCollector
 from tlt.rollout.log import RolloutLog
@@ -9,7 +10,8 @@ from tlt.types import Prompt, RolloutGroup, SamplingConfig
 
 
 class Evaluation:
-    """Answers the same held-out prompts each time; the greedy part is deterministic for given weights."""
+    """Answers the same held-out prompts each time; the greedy part is deterministic for given weights. Nothing is
+    trained on the answers; `collector` is one without work in the tail."""
 
     def __init__(
         self, prompts: Sequence[Prompt], collector: RolloutCollector, *, sampling: SamplingConfig, num_samples: int,
@@ -18,7 +20,7 @@ class Evaluation:
         self.prompts = prompts
         self.collector = collector
         self.greedy = SamplingConfig(temperature=0.0, max_response_tokens=sampling.max_response_tokens)
-        self.sampling = sampling
+        self.sampling = replace(sampling, is_learned_from=False)
         self.num_samples = num_samples
         self.rollout_log = rollout_log
         self.interval = interval

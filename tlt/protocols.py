@@ -138,8 +138,11 @@ class DrafterLearner(Protocol):
     ) -> None:
         """Until `should_stop()`, asked after every micro-step; `on_step` after each optimizer step."""
 
-    def average(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], *, weight: float) -> None:
-        """Weights become the mean over ranks. Collective over all ranks."""
+    def average(
+        self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+        gather: Callable[[list[int]], list[list[int]]], *, weight: float,
+    ) -> None:  # fmt: skip
+        """Weights and optimizer become the mean over ranks, their counters the largest. Collective over all ranks."""
 
     def scores(self, samples: Sequence[HiddenStateSample], *, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[R, 3] float64 of each response, sums over its drafts: of the live weights, of those to be published; number
@@ -152,7 +155,7 @@ class DrafterLearner(Protocol):
         """Weights to draft with."""
 
     def begin_from(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from these weights."""
+        """Train these weights, with a fresh optimizer."""
 
     def state_dict(self) -> dict:
         """What a resumed training needs."""

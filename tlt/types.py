@@ -44,6 +44,8 @@ class SamplingConfig:
     """0 keeps all tokens."""
     max_response_tokens: int
     ignore_eos: bool = False
+    is_learned_from: bool = True
+    """Whether a drafter may be trained on such responses."""
 
 
 def rollout_name(prompt_id: str, sample_index: int) -> str:
@@ -187,6 +189,8 @@ class TailReport:
     """Trained its drafter."""
     num_steps: int = 0
     """Optimizer steps."""
+    did_train: bool = False
+    """Its trainer began; all may have ended before its first optimizer step."""
     has_failed: bool = False
     """Its trainer raised, now or before."""
     expected_s: float = 0.0

@@ -47,21 +47,26 @@ class Bystander:
     def __init__(self, board, learner_state: dict):
         context = multiprocessing.get_context("spawn")
         self.board = board
-        self.go = context.Event()
+        self.go, self.has_loaded = context.Event(), context.Event()
         self.inbox = context.Queue()
-        self.process = context.Process(target=train_along, args=(learner_state, self.inbox, self.go), daemon=True)
+        self.process = context.Process(
+            target=train_along, args=(learner_state, self.inbox, self.go, self.has_loaded), daemon=True
+        )  # fmt: skip
         self.process.start()
 
     def prepare(self, samples: list) -> None:
-        """Train on these from now on; not timed."""
+        """Train on these from now on; returns once the process has them, so that handing them over is not timed.
+        RuntimeError where it died."""
         import torch
 
         # Plain bytes: tensors in a queue would keep an open file each.
         content = BytesIO()
         torch.save([vars(sample) for sample in samples], content)
+        self.has_loaded.clear()
         self.inbox.put(content.getvalue())
-        while not self.inbox.empty():
-            time.sleep(LOOK_S)
+        while not self.has_loaded.wait(timeout=1.0):
+            if not self.process.is_alive():
+                raise RuntimeError("the bystander's process ended before it had its samples")
 
     def begin(self) -> None:
         self.board.begin()
@@ -84,8 +89,8 @@ class Bystander:
         self.process.join()
 
 
-def train_along(learner_state: dict, inbox, go) -> None:
-    """A process that trains while `go` is set, on what it was last given."""
+def train_along(learner_state: dict, inbox, go, has_loaded) -> None:
+    """A process that trains while `go` is set, on what it was last given; sets `has_loaded` when it has that."""
     import torch
 
     torch.set_num_threads(1)
@@ -101,6 +106,7 @@ def train_along(learner_state: dict, inbox, go) -> None:
             if message is None:
                 return
             samples = [HiddenStateSample(**fields) for fields in torch.load(BytesIO(message), weights_only=True)]
+            has_loaded.set()
         if samples and go.wait(timeout=LOOK_S):
             learner.train(samples, should_stop=lambda: not go.is_set(), on_step=lambda: None)
         else:
@@ -221,7 +227,8 @@ def rows(found: dict[str, list[dict]]) -> list[dict]:
                 one.get("spot/idle_rank_s_used_frac", 0.0) * each for one, each in zip(records, idle_s, strict=True)
             ]  # fmt: skip
             row["idle_used_frac_of_sums"] = sum(used_s) / sum(idle_s)
-            late_ms = [1e3 * one["spot/preemption_s_max"] for one in trained]
+            # Also where all ended before the first optimizer step.
+            late_ms = [1e3 * one["spot/preemption_s_max"] for one in records if "spot/preemption_s_max" in one]
             row |= {"preemption_p50_ms": percentile(late_ms, 0.5), "preemption_p99_ms": percentile(late_ms, 0.99)}
         result.append(row)
     return result

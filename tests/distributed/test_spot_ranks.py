@@ -14,6 +14,7 @@ from tests.distributed.ranks import run_ranks
 from tests.unit.drafter_cases import make_sample
 from tlt.config import SpotConfig
 from tlt.spot.board import TailBoard
+from tlt.spot.judgement import Judgement
 from tlt.spot.training import SpotTraining
 from tlt.trace import NoTrace
 
@@ -69,7 +70,7 @@ class Counting:
             self.value += self.by
             on_step()
 
-    def average(self, sum_over_ranks, *, weight: float) -> None:
+    def average(self, sum_over_ranks, gather, *, weight: float) -> None:
         self.value = sum_over_ranks(self.value * weight if weight > 0 else torch.zeros(1))
 
     def scores(self, samples, *, live) -> torch.Tensor:
@@ -118,7 +119,7 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
         by=-1.0 if case == "worse" else 1.0,
     )  # fmt: skip
     engine, world = Drafting(), World(rank, world_size)
-    if case == "nothing to train on":
+    if case in ("nothing to train on", "withdrawn"):
         engine.samples = []
     stopped = {"now": False}
     store = dist.PrefixStore(case, dist.distributed_c10d._get_default_store())
@@ -139,8 +140,13 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
         # Once the last rank has written that it ended, no step begins but one that was decided on before.
         written_s = max(each for each in world.all_gather_objects(spot.board.written_s))
         assert sum(begin > written_s for begin in learner.begins_s) <= 1, (case, rollout)
+        if case == "withdrawn" and rollout == 1:
+            spot.gains.published(Judgement(live=0.0, candidate=1.0, error=0.1, num_judges=4), policy_version=2)
+            if rank == 2:  # its watchdog loads the head before this one
+                engine.load_drafter({"value": torch.tensor([7.0])}, drafter_version=1)
         metrics = spot.publish()
-        everyone = world.all_gather_objects((metrics, float(learner.value), engine.drafter_version))
+        drafting = (float(engine.live["value"]), engine.drafter_version)
+        everyone = world.all_gather_objects((metrics, float(learner.value), drafting))
         assert len({str(each) for each in everyone}) == 1, everyone
         steps = [each.num_steps for each in reports]
         if case in ("idle", "slow", "fails", "told to stop"):
@@ -161,12 +167,18 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
         if case == "told to stop":
             assert steps[1] == 0
             stopped["now"] = False
+        if case == "withdrawn":
+            assert drafting == ((7.0, 1) if rollout else (0.0, 0))
+            assert spot.gains.state_dict()["published"] is None, "its score is another head's"
         if case == "nothing to train on":
             assert metrics["spot/steps"] == 0 == engine.drafter_version
     assert ("a step went wrong" in log.read_text()) == (case == "fails" and rank == 0)
 
 
-CASES = ("idle", "slow", "worse", "fails", "all at once", "drained at once", "told to stop", "nothing to train on")
+CASES = (
+    "idle", "slow", "worse", "fails", "all at once", "drained at once", "told to stop", "nothing to train on",
+    "withdrawn",
+)  # fmt: skip
 
 
 def _all_cases(rank: int, world_size: int, folder: Path) -> None:

@@ -3,6 +3,7 @@
 The engine is a dictionary of weights; that pretrain_rl.py is wired this way is in tests/e2e/test_rollout_tool.py.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,8 +63,8 @@ class Board(TailBoard):
         return False
 
 
-def start(rank: int, world_size: int) -> SpotTraining:
-    """As a run starts it, with the head of --spec-drafter."""
+def start(rank: int, world_size: int, steps: Sequence[int] = (15, 16)) -> SpotTraining:
+    """As a run starts it, with the head of --spec-drafter; each rank makes its number of steps in a rollout."""
     target = make_target()
     learner = HeadLearner(
         make_trainer().head, DrafterConfig(starts_per_step=16, warmup_steps=0, num_depths=3), seed=rank,
@@ -73,7 +74,7 @@ def start(rank: int, world_size: int) -> SpotTraining:
     spot = SpotTraining(
         learner, Engine(learner.published(), rank=rank), Board(None, rank=rank, world_size=world_size),
         Meeting(rank, world_size), config=SpotConfig(held_out_every=3),
-        is_stopped=lambda: spot.num_steps >= 15 + rank, trace=NoTrace(),
+        is_stopped=lambda: spot.num_steps >= steps[rank], trace=NoTrace(),
     )  # fmt: skip
     return spot
 
@@ -110,11 +111,14 @@ def _resume(rank: int, world_size: int, save: Path) -> None:
     resumed.load_state_dict(state)
     assert resumed.engine.drafter_version == run.engine.drafter_version == 2
     assert same(resumed.engine.drafter_tensors(), live)
+    assert resumed.gains.state_dict() == run.gains.state_dict()
+    assert len(resumed.gains.sessions) == 2
+    assert resumed.meeting_s == run.parallel.all_gather_objects(run.meeting_s)[0] > 0
     trainer = resumed.learner.trainer
     assert same({name: parameter.detach() for name, parameter in trainer.parameters.items()}, parameters)
     assert same(trainer.average, run.learner.trainer.average)
     assert trainer.seed == rank, "ranks that draw alike would train on the same order"
-    # Rank 0's moments, on all ranks: loaded, used and then changed.
+    # Those of all ranks, saved by one: loaded, used and then changed.
     moments = resumed.parallel.all_gather_objects(trainer.optimizer.state_dict()["state"][0]["exp_avg"])
     assert all(torch.equal(moments[0], each) for each in moments)
     assert moments[0].abs().max() > 0
@@ -127,6 +131,30 @@ def _resume(rank: int, world_size: int, save: Path) -> None:
 
 def test_a_resumed_run_goes_on_with_the_saved_head(tmp_path):
     run_ranks(_resume, 2, tmp_path / "run")
+
+
+def _one_trained(rank: int, world_size: int, save: Path) -> None:
+    """Rank 0, whose state is saved, had no tail; in the next rollout both have one."""
+    steps = [0, 16]
+    run = start(rank, world_size, steps)
+    assert rollout(run)["spot/steps"] == 16
+    checkpoints(run, save, run.parallel).save(RunState(iteration=1))
+    resumed = start(rank, world_size, steps)
+    resumed.load_state_dict(read_tail_state(latest_checkpoint(save)))
+    steps[:] = [5, 6]
+    expected, found = rollout(run), rollout(resumed)
+    assert found["spot/steps"] == expected["spot/steps"] == 11
+    first, second = run.learner.trainer, resumed.learner.trainer
+    assert first.num_steps == second.num_steps == 22
+    for own, other in zip(
+        (*first.parameters.values(), *first.average.values(), *first.moments()),
+        (*second.parameters.values(), *second.average.values(), *second.moments()), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)  # micro-steps of other sizes
+
+
+def test_what_one_rank_learned_is_gone_on_with_on_all(tmp_path):
+    run_ranks(_one_trained, 2, tmp_path / "run")
 
 
 def _failed(rank: int, world_size: int, save: Path) -> None:
@@ -147,6 +175,20 @@ def _failed(rank: int, world_size: int, save: Path) -> None:
 
 def test_a_trainer_that_failed_is_not_saved(tmp_path):
     run_ranks(_failed, 2, tmp_path / "run")
+
+
+def _older(rank: int, world_size: int, save: Path) -> None:
+    run, resumed = start(rank, world_size), start(rank, world_size)
+    rollout(run)
+    state = run.state_dict()
+    resumed.load_state_dict({name: state[name] for name in ("live", "version", "learner")})
+    assert same(resumed.engine.drafter_tensors(), run.engine.drafter_tensors())
+    assert resumed.gains.state_dict() == start(rank, world_size).gains.state_dict(), "gains are measured anew"
+    assert rollout(resumed)["spot/steps"] == 31
+
+
+def test_a_checkpoint_without_gains_is_gone_on_from(tmp_path):
+    run_ranks(_older, 2, tmp_path / "run")
 
 
 def _without(rank: int, world_size: int, save: Path) -> None:

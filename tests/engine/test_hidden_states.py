@@ -1,6 +1,7 @@
 """Hidden states leave the engine as a clean prefill of the same text gives them, whatever was drafted, cached, cut
 into chunks or preempted; and a drafter that was off drafts afterwards what it would have drafted had it been on."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +67,9 @@ def _hidden_states(rank: int, world_size: int, folder: Path, head: Path, crowded
             torch.testing.assert_close(sample.aux_hidden_states, expected_aux, rtol=1e-3, atol=2e-3)
         assert not texts
     assert (engine.stats().num_preemptions > 0) == crowded
+    before = len(speculation.buffer)
+    generate(engine, make_prompts(2, length=10), replace(SAMPLING, is_learned_from=False))
+    assert len(speculation.buffer) == before, "an evaluation's responses"
     default = SupportsEagle3.get_eagle3_default_aux_hidden_state_layers
     for num_layers in (7, 12, 30):
         target = SimpleNamespace(model=SimpleNamespace(layers=range(num_layers)))

@@ -23,7 +23,7 @@ AUX_LAYERS = (1, 4, 7)
 def make_sample(length: int, num_prompt_tokens: int, *, seed: int) -> HiddenStateSample:
     generator = torch.Generator().manual_seed(seed)
     return HiddenStateSample(
-        request_id=str(seed), num_prompt_tokens=num_prompt_tokens, policy_version=0,
+        request_id=f"{seed}#0", num_prompt_tokens=num_prompt_tokens, policy_version=0,
         token_ids=torch.randint(VOCABULARY, (length,), generator=generator, dtype=torch.int32),
         last_hidden_states=torch.randn(length - 1, HIDDEN, generator=generator),
     )  # fmt: skip

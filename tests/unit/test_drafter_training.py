@@ -244,6 +244,38 @@ def counted(trainer, steps: int):
     return lambda: min(trainer.num_steps / steps, 1.0)
 
 
+def has_gradients(trainer) -> bool:
+    return any(parameter.grad is not None for parameter in trainer.head.parameters())
+
+
+def test_a_step_that_is_stopped_is_made_of_what_it_gathered_if_that_is_enough():
+    micro = list(micro_batches(PIECES, 8))
+    total = sum(piece.num_starts for piece in PIECES)
+    made = []
+    for num_before in range(1, len(micro) + 1):
+        gathered = [piece for held in micro[:num_before] for piece in held]
+        num_starts = sum(piece.num_starts for piece in gathered)
+        stopped, expected, untouched = make_trainer(), make_trainer(), make_trainer()
+        stopped.micro_step_starts = expected.micro_step_starts = 8
+        answers = [*[False] * (num_before - 1), True]
+        metrics = stopped.step(PIECES, should_stop=lambda answers=answers: answers.pop(0), least_frac=0.5)
+        assert not answers, "it stops as soon as it is told, and asks no more"
+        assert not has_gradients(stopped)
+        if 2 * num_starts >= total:
+            assert (metrics["starts"], metrics["stop"]) == (num_starts, 1)
+            expected.step(gathered)
+        else:
+            assert metrics == {}
+            expected = untouched
+        assert stopped.num_steps == expected.num_steps
+        for a, b in zip(expected.head.parameters(), stopped.head.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        made.append(bool(metrics))
+    assert made == sorted(made)
+    assert True in made
+    assert False in made
+
+
 def test_an_interrupted_training_ends_as_if_it_had_not_been():
     config = {"starts_per_step": 16, "deep_frac": 0.5}
     uninterrupted = make_trainer(**config)
@@ -251,7 +283,9 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been():
     # Stops after a micro-step of the third optimizer step: what it had gathered is dropped, and made anew.
     first = make_trainer(**config)
     first.micro_step_starts = 8  # makes the first steps many micro-steps
-    first.train(PIECES, progress=counted(first, 7), should_stop=lambda: first.num_steps == 2)
+    first.train(
+        PIECES, progress=counted(first, 7), should_stop=lambda: first.num_steps == 2 and has_gradients(first)
+    )  # fmt: skip
     assert first.num_steps == 2
     assert all(parameter.grad is None for parameter in first.head.parameters())
     second = make_trainer(seed=99, **config)

@@ -41,7 +41,10 @@ class Collector:
             )
             for prompt in prompts
         ]
-        metrics = {"rollout/duration_s": 2.0, "rollout/tail_s": 1.0, "rollout/idle_frac": 1.0 / len(self.calls)}
+        metrics = {
+            "rollout/duration_s": 2.0, "rollout/tail_s": 1.0, "rollout/idle_frac": 1.0 / len(self.calls),
+            "spot/preemption_s_max": 0.1 * (len(self.calls) == 2),
+        }  # fmt: skip
         return groups, metrics
 
 
@@ -66,6 +69,7 @@ def test_as_many_prompts_are_drawn_again_as_groups_were_equal():
     assert metrics["rollout/duration_s"] == 6.0
     assert metrics["rollout/tail_s"] == 3.0
     assert metrics["rollout/idle_frac"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    assert metrics["spot/preemption_s_max"] == 0.1, "the largest of all rounds, not a mean"
 
 
 def test_rounds_are_bounded():

@@ -3,6 +3,7 @@
 Real processes, failures and delays: tests/distributed/test_spot_ranks.py.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,12 +13,14 @@ import torch
 from tests.unit.drafter_cases import make_sample, make_target, make_trainer
 from tlt.config import DrafterConfig, SpotConfig
 from tlt.drafter import trainer
+from tlt.drafter.batch import whole
 from tlt.drafter.buffer import HiddenStateBuffer
 from tlt.drafter.learner import HeadLearner
 from tlt.spot.board import TailBoard
 from tlt.spot.rank_state import TRANSITIONS, Event, Rank, RankState
-from tlt.spot.training import SpotTraining, newest
+from tlt.spot.training import SpotTraining, is_held_out, newest
 from tlt.trace import NoTrace
+from tlt.types import prompt_id_of, rollout_name
 
 
 class Counters:
@@ -152,7 +155,7 @@ class Watched:
         self.trained += samples
         on_step()
 
-    def average(self, sum_over_ranks, *, weight: float) -> None:
+    def average(self, sum_over_ranks, gather, *, weight: float) -> None:
         """One rank is its own mean."""
 
     def scores(self, samples, *, live) -> torch.Tensor:
@@ -163,7 +166,7 @@ class Watched:
 class Engine:
     """Part of the engine that is asked for, with a real buffer."""
 
-    policy_version = 0
+    policy_version = drafter_version = 0
 
     def __init__(self, *, max_bytes: int):
         self.buffer = HiddenStateBuffer(max_bytes)
@@ -172,7 +175,7 @@ class Engine:
         self.policy_version = version
         for index, length in enumerate(lengths):
             sample = replace(make_sample(length, 3, seed=index), policy_version=version)
-            self.buffer.add(replace(sample, request_id=f"{version}:p#{index}"))
+            self.buffer.add(replace(sample, request_id=rollout_name(f"{version}:p{index // 2}", index % 2)))
 
     def hidden_state_samples(self) -> list:
         return list(self.buffer)
@@ -200,6 +203,9 @@ class Alone:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
+    def all_gather_objects(self, value) -> list:
+        return [value]
+
 
 def test_old_samples_are_left_and_held_out_ones_are_never_trained_on():
     config, learner, engine = SpotConfig(max_age=1, held_out_every=4), Watched(), Engine(max_bytes=230_000)
@@ -216,7 +222,26 @@ def test_old_samples_are_left_and_held_out_ones_are_never_trained_on():
         learner.judged.clear()
     assert engine.buffer.num_dropped > 0
     assert not trained & judged
-    assert len(judged) == pytest.approx(180 / 4, abs=18)  # 3 standard deviations of 5.8
+    prompts = set(map(prompt_id_of, judged))
+    assert not prompts & set(map(prompt_id_of, trained)), "siblings of what is trained on are no judges"
+    assert len(prompts) == pytest.approx(90 / 4, abs=13)  # 3 standard deviations of 4.1
+
+
+@pytest.mark.parametrize("are_held_out", [False, True])
+def test_a_rank_of_one_prompt_trains_on_all_of_it_or_on_none_of_it(are_held_out):
+    config, learner, engine = SpotConfig(held_out_every=2), Watched(), Engine(max_bytes=230_000)
+    samples = [make_sample(20, 3, seed=seed) for seed in range(4)]
+    names = (f"p{number}" for number in range(100))
+    prompt = next(
+        name for name in names
+        if is_held_out(replace(samples[0], request_id=rollout_name(name, 0)), every=2) == are_held_out
+    )  # fmt: skip
+    for number, sample in enumerate(samples):
+        engine.buffer.add(replace(sample, request_id=rollout_name(prompt, number)))
+    watched_tail(engine, learner, config)
+    assert (len(learner.trained), len(learner.judged)) == ((0, 0) if are_held_out else (4, 0))
+    held_out = [sample for sample in engine.buffer if is_held_out(sample, every=2)]
+    assert len(held_out) == 4 * are_held_out
 
 
 def make_learner(seed: int = 1, *, embedding: torch.Tensor | None = None) -> HeadLearner:
@@ -238,24 +263,70 @@ def trained(num_steps: int, seed: int = 1) -> HeadLearner:
     return learner
 
 
-def test_weights_become_the_mean_of_the_ranks_by_their_steps():
-    learners = [trained(3, seed=1), trained(1, seed=2), make_learner()]
-    with torch.no_grad():
-        for parameter in learners[2].trainer.parameters.values():
-            parameter.fill_(float("nan"))  # a rank whose trainer failed
-    weights = (0.75, 0.25, 0.0)
-    expected = {
-        name: 0.75 * learners[0].trainer.parameters[name].detach() + 0.25 * parameter.detach()
-        for name, parameter in learners[1].trainer.parameters.items()
-    }
+def step(learner: HeadLearner) -> None:
+    learner.trainer.micro_step_starts = 16  # measured, so of other sizes: sums in another order
+    learner.trainer.step([whole(sample) for sample in SAMPLES])
+
+
+def shared_by(learner: HeadLearner) -> list[torch.Tensor]:
+    """All that ranks make one of."""
+    parts = (learner.trainer.parameters.values(), learner.trainer.average.values(), learner.trainer.moments())
+    return [tensor.detach().clone() for part in parts for tensor in part]
+
+
+def meet(learners: list[HeadLearner], weights: list[float]) -> None:
+    """As on ranks of their own; first each one's part is made, then all get the sum."""
     parts: list[torch.Tensor] = []
+    counts: list[list[int]] = []
+    copies = copy.deepcopy(learners)
+    for learner, weight in zip(copies, weights, strict=True):
+        learner.average(
+            lambda flat: (parts.append(flat), flat)[1], lambda own: (counts.append(own), [own])[1], weight=weight
+        )  # fmt: skip
     for learner, weight in zip(learners, weights, strict=True):
-        learner.average(lambda flat: (parts.append(flat), flat)[1], weight=weight)
-    total = sum(parts)
+        learner.average(lambda flat: sum(parts), lambda own: counts, weight=weight)
+
+
+def test_weights_and_optimizers_become_the_mean_of_the_ranks_by_their_steps():
+    learners = [trained(3, seed=1), trained(1, seed=2), make_learner(), trained(9, seed=3)]
+    with torch.no_grad():
+        for tensor in (*learners[3].trainer.parameters.values(), *learners[3].trainer.moments()):
+            tensor.fill_(float("nan"))  # a rank whose trainer failed
+    first, second, idle = map(shared_by, learners[:3])
+    assert len(idle) == 4 * len(learners[0].trainer.parameters)
+    expected = [0.75 * one + 0.25 * other for one, other in zip(first, second, strict=True)]
+    meet(learners, [0.75, 0.25, 0.0, 0.0])
     for learner in learners:
-        learner.average(lambda flat: total, weight=1.0)
-        for name, parameter in learner.trainer.parameters.items():
-            torch.testing.assert_close(parameter.detach(), expected[name])
+        for found, tensor in zip(shared_by(learner), expected, strict=True):
+            torch.testing.assert_close(found, tensor)
+        assert learner.trainer.num_steps == 3
+        assert {int(state["step"]) for state in learner.trainer.optimizer.state.values()} == {3}
+    # Whoever trains next makes the same step.
+    for learner in learners:
+        step(learner)
+    for learner in learners[1:]:
+        for found, tensor in zip(shared_by(learner), shared_by(learners[0]), strict=True):
+            assert torch.equal(found, tensor)
+
+
+def test_training_that_begins_anew_keeps_nothing_of_the_one_before():
+    learner, fresh = trained(5), make_learner()
+    learner.begin_from(fresh.published())
+    fresh.trainer.num_passes = learner.trainer.num_passes  # goes on: each pass takes other starts
+    for each in (learner, fresh):
+        step(each)
+    for found, tensor in zip(shared_by(learner), shared_by(fresh), strict=True):
+        torch.testing.assert_close(found, tensor)
+
+
+def test_the_average_of_a_head_that_drafts_holds_on_to_it():
+    learner = make_learner()
+    live, decay = learner.published(), learner.trainer.config.ema_decay
+    step(learner)
+    for name, parameter in learner.trainer.parameters.items():
+        torch.testing.assert_close(
+            learner.published()[name], decay * live[name] + (1 - decay) * parameter.detach()
+        )  # fmt: skip
 
 
 def test_a_score_is_the_expected_number_of_accepted_tokens_and_rises_with_training():
@@ -294,6 +365,15 @@ def test_nothing_to_train_on_returns_at_once():
         [make_sample(3, 3, seed=0)], should_stop=lambda: pytest.fail("asked although there is nothing"),
         on_step=lambda: pytest.fail("a step on nothing"),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_questions", "num_steps"), [(1, 0), (2, 0), (3, 1)])
+def test_half_of_a_step_is_made_when_the_tail_ends(num_questions, num_steps):
+    learner, answers, steps = make_learner(), [*[False] * (num_questions - 1), True], []
+    learner.trainer.micro_step_starts = 6  # a step has the 20 starts of two samples, in four micro-steps
+    learner.train(SAMPLES, should_stop=lambda: answers.pop(0), on_step=lambda: steps.append(1))
+    assert not answers
+    assert len(steps) == learner.trainer.num_steps == num_steps
 
 
 def test_the_newest_held_out_responses_judge_until_they_have_enough_drafts():

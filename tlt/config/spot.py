@@ -16,14 +16,14 @@ class SpotConfig:
     """Learning rate of AdamW: the head is good already and follows the policy; --drafter-lr is for a head from
     nothing."""
     warmup_steps: int = 10
-    """Optimizer steps of linear warm-up at the first training of a run."""
+    """Optimizer steps of linear warm-up at the first training of a run, and of one that begins anew."""
     ema_decay: float = 0.9
     """Of the average of weights that is published: a tail has some ten steps, too few for --drafter-ema-decay."""
     max_age: int = 2
     """Policy versions that a hidden state may be older than the newest: its targets are read out with today's LM
     head."""
     held_out_every: int = 8
-    """One response in so many is never trained on and judges new weights against those that draft."""
+    """The responses of one prompt in so many are never trained on and judge new weights against those that draft."""
     judge_starts: int = 512
     """Drafts of held-out responses, on each rank, after which no further response judges, the newest ones first: all
     ranks wait for it."""

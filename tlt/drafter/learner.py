@@ -15,10 +15,14 @@ from tlt.types import HiddenStateSample
 STARTS_PER_PACK = 512
 """Judged together, where a response has not more: a pass over few rows costs nearly what one over many does."""
 
+LEAST_FRAC = 0.5
+"""Of an optimizer step's starts that it is made of where no more were gathered when the tail ended: a tail has few
+steps, and fewer starts are no good estimate of a gradient that counts as a whole step."""
+
 
 class HeadLearner:
-    """`target()` gives the policy's embedding [V, H] and the output rows [V_draft, H] that drafts are read out with,
-    as they are now."""
+    """`head` drafts already; `target()` gives the policy's embedding [V, H] and the output rows [V_draft, H] that
+    drafts are read out with, as they are now."""
 
     def __init__(
         self, head: EagleHead, config: DrafterConfig, *, target: Callable[[], tuple[torch.Tensor, torch.Tensor]],
@@ -28,8 +32,9 @@ class HeadLearner:
         self.temperature = temperature
         own = self._target()
         self.trainer = DrafterTrainer(
-            head.to(own.output_weight.device), config, target=own, seed=seed, dtype=own.embedding.dtype
-        )
+            head.to(own.output_weight.device), config, target=own, seed=seed, dtype=own.embedding.dtype,
+            is_trained=True,
+        )  # fmt: skip
 
     def _target(self) -> Target:
         embedding, output_weight = self.target()
@@ -42,23 +47,29 @@ class HeadLearner:
         self, samples: Sequence[HiddenStateSample], *, should_stop: Callable[[], bool], on_step: Callable[[], None]
     ) -> None:
         """Passes over the samples until `should_stop()`, asked after every micro-step; `on_step` is called after each
-        optimizer step. Returns at once where no sample is long enough."""
+        optimizer step, the last of which may be of half its starts. Returns at once where no sample is long enough."""
         pieces = [piece for piece in map(whole, samples) if piece.num_starts > 0]
         if not pieces:
             return
         self.trainer.renew_target(self._target())
-        if not should_stop():
-            self.trainer.train(
-                pieces, progress=lambda: 0.0, should_stop=should_stop, on_step=lambda metrics: on_step()
-            )  # fmt: skip
+        self.trainer.train(
+            pieces, progress=lambda: 0.0, should_stop=should_stop, on_step=lambda metrics: on_step(),
+            least_frac=LEAST_FRAC,
+        )  # fmt: skip
 
     @torch.no_grad()
-    def average(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], *, weight: float) -> None:
-        """Weights and their running average become the mean over ranks; this rank's count `weight`, all together 1.
+    def average(
+        self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+        gather: Callable[[list[int]], list[list[int]]], *, weight: float,
+    ) -> None:  # fmt: skip
+        """Weights, their running average and Adam's moments become the mean over ranks; this rank's count `weight`,
+        all together 1. Steps are counted on from the most that any of them made: whoever trains next goes on with a
+        warm optimizer. What is trained on changes, so the pass is over.
 
-        Collective over the ranks that `sum_over_ranks` sums over.
+        Collective over the ranks that `sum_over_ranks` sums over and `gather` hears.
         """
-        tensors = [*self.trainer.parameters.values(), *self.trainer.average.values()]
+        trainer = self.trainer
+        tensors = [*trainer.parameters.values(), *trainer.average.values(), *trainer.moments()]
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         # A rank that counts for nothing may hold anything, NaN included.
         flat = flat * weight if weight > 0 else torch.zeros_like(flat)
@@ -66,6 +77,9 @@ class HeadLearner:
             tensors, sum_over_ranks(flat.cpu()).split([tensor.numel() for tensor in tensors]), strict=True
         ):
             tensor.copy_(mean.view_as(tensor))
+        counts = [trainer.num_steps, trainer.num_passes] if weight > 0 else [0, 0]
+        num_steps, num_passes = map(max, zip(*gather(counts), strict=True))
+        trainer.set_steps(num_steps, num_passes=num_passes + 1)
 
     def scores(self, samples: Sequence[HiddenStateSample], *, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[R, 3] float64, of each response that is long enough: accepted tokens that drafts of the live weights, and
@@ -119,12 +133,9 @@ class HeadLearner:
         """Weights to draft with."""
         return self.trainer.published()
 
-    @torch.no_grad()
     def begin_from(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from these weights, which become their own running average."""
-        self._hold(tensors)
-        for name, average in self.trainer.average.items():
-            average.copy_(tensors[name])
+        """Train these weights anew: no average, moment or warm-up of others is left."""
+        self.trainer.begin_from(tensors)
 
     def state_dict(self) -> dict:
         """Weights, running average, optimizer and counters."""

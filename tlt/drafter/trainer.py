@@ -26,6 +26,9 @@ FIRST_MICRO_STEP_STARTS = 128
 MIN_MICRO_STEP_STARTS = 16
 """Below this a micro-step's fixed costs prevail; an interruption waits for these at most."""
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's names for them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -53,18 +56,20 @@ class DrafterTrainer:
 
     `dtype` is that of matrix products: a head that drafts in bfloat16 reads such numbers anyway, and where the
     hardware multiplies in it a step is shorter; elsewhere they are float32. Weights, optimizer, sums over micro-steps
-    and what follows the logits are float32.
+    and what follows the logits are float32. `is_trained`: the head is no random one, its weights belong into the
+    average from the first step on.
     """
 
     def __init__(
         self, head: EagleHead, config: DrafterConfig, *, target: Target, seed: int,
-        group: dist.ProcessGroup | None = None, dtype: torch.dtype = torch.float32,
+        group: dist.ProcessGroup | None = None, dtype: torch.dtype = torch.float32, is_trained: bool = False,
     ):  # fmt: skip
         self.head = head.float().requires_grad_(True)
         self.config = config
         self.target = target
         self.seed = seed
         self.group = group
+        self.is_trained = is_trained
         self.dtype = dtype if multiplies_in(dtype, target.output_weight.device) else torch.float32
         self.num_steps = 0
         self.num_passes = 0
@@ -77,6 +82,7 @@ class DrafterTrainer:
             self.parameters.values(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay,
             fused=True,
         )  # fmt: skip
+        self._fill_moments()
         self.loss_weights = LossWeights(
             cross_entropy=config.cross_entropy_weight, hidden=config.hidden_weight,
             total_variation=config.total_variation_weight,
@@ -89,19 +95,24 @@ class DrafterTrainer:
     def train(
         self, pieces: Sequence[Piece], *, progress: Callable[[], float],
         should_stop: Callable[[], bool] = lambda: False,
-        on_step: Callable[[Mapping[str, float]], None] = lambda metrics: None,
+        on_step: Callable[[Mapping[str, float]], None] = lambda metrics: None, least_frac: float = 1.0,
     ) -> None:  # fmt: skip
         """Passes over all pieces until `progress()` reaches 1 or `should_stop()`.
 
         `progress` is the share done, which sets the learning rate; it is asked once before each optimizer step and
         must return the same on all ranks. Any rank may stop all: alone at once after a micro-step, dropping what the
-        optimizer step had gathered; in a group at the end of the optimizer step. Collective over the group.
+        optimizer step had gathered, or making it of that where it is `least_frac` of the starts; in a group at the
+        end of the optimizer step. Collective over the group.
         """
         if not any(piece.num_starts for piece in pieces):
             raise ValueError("there is nothing to train on: no response has two tokens")
         steps = self._steps(pieces)
         while (done := progress()) < 1:
-            metrics = self.step(next(steps), lr_scale=self.lr_scale(done), should_stop=should_stop)
+            if self.group is None and should_stop():
+                return
+            metrics = self.step(
+                next(steps), lr_scale=self.lr_scale(done), should_stop=should_stop, least_frac=least_frac
+            )  # fmt: skip
             if not metrics:
                 return
             self.num_steps_in_pass += 1
@@ -125,22 +136,30 @@ class DrafterTrainer:
         return warmup * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
     def step(
-        self, pieces: Sequence[Piece], *, lr_scale: float = 1.0, should_stop: Callable[[], bool] = lambda: False
-    ) -> dict[str, float]:
-        """One optimizer step; means of its metrics. {} if stopped before its end: then nothing was changed.
+        self, pieces: Sequence[Piece], *, lr_scale: float = 1.0, should_stop: Callable[[], bool] = lambda: False,
+        least_frac: float = 1.0,
+    ) -> dict[str, float]:  # fmt: skip
+        """One optimizer step; means of its metrics. {} if stopped before `least_frac` of its starts were gathered:
+        then nothing was changed.
 
         Raises FloatingPointError, and changes nothing, where a gradient is not finite; on all ranks of the group.
         Collective over the group; all ranks must call, with pieces of their own.
         """
         begin_s = time.perf_counter()
         sums: dict[str, torch.Tensor] = {}
+        num_left, is_stopped = sum(piece.num_starts for piece in pieces), False
+        most_left = (1 - least_frac) * num_left
         for micro in micro_batches(pieces, self.micro_step_starts):
             for name, value in self.micro_step(micro).items():
                 sums[name] = sums[name] + value if name in sums else value
+            num_left -= sum(piece.num_starts for piece in micro)
             if self.group is None and should_stop():
-                self.optimizer.zero_grad(set_to_none=True)
-                return {}
-        sums["stop"] = torch.tensor(float(should_stop()))
+                is_stopped = True
+                break
+        if is_stopped and num_left > most_left:
+            self.optimizer.zero_grad(set_to_none=True)
+            return {}
+        sums["stop"] = torch.tensor(float(is_stopped or should_stop()))
         sums = self._reduce(sums)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_grad)
         if not norm.isfinite():
@@ -230,9 +249,38 @@ class DrafterTrainer:
 
     @torch.no_grad()
     def _average_weights(self) -> None:
-        # At first the average forgets faster: it must not hold on to random weights.
-        decay = min(self.config.ema_decay, self.num_steps / (self.num_steps + 10))
+        decay = self.config.ema_decay
+        if not self.is_trained:  # at first the average forgets faster: it must not hold on to random weights
+            decay = min(decay, self.num_steps / (self.num_steps + 10))
         torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+
+    def _fill_moments(self) -> None:
+        """Adam's state as before its first step, where it has none."""
+        for parameter in self.parameters.values():
+            state = self.optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
+
+    def moments(self) -> list[torch.Tensor]:
+        """Adam's own tensors of all parameters, first moments before second ones."""
+        return [self.optimizer.state[parameter][name] for name in MOMENTS for parameter in self.parameters.values()]
+
+    @torch.no_grad()
+    def begin_from(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Train these weights, which become their own running average, with an optimizer that has made no step."""
+        for own in (self.parameters, self.average):
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+        for moment in self.moments():
+            moment.zero_()
+        self.set_steps(0, num_passes=self.num_passes)
+
+    def set_steps(self, num_steps: int, *, num_passes: int) -> None:
+        """Stand at the beginning of a pass, after so many optimizer steps."""
+        self.num_steps, self.num_passes, self.num_steps_in_pass = num_steps, num_passes, 0
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter]["step"].fill_(num_steps)
 
     def published(self) -> dict[str, torch.Tensor]:
         """Weights to draft with, under the names of the head's parameters: the average, in memory of its own."""
@@ -257,5 +305,6 @@ class DrafterTrainer:
             for name, tensor in own.items():
                 tensor.copy_(found[name])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._fill_moments()
         self.num_steps, self.num_passes, self.num_steps_in_pass, self.micro_step_starts = state["counters"]
         self.seed = state["seed"]

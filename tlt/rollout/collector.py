@@ -187,9 +187,9 @@ def tail_metrics(reports: Sequence[ReplicaReport], *, end_s: float, idle_s: floa
     """What idle ranks did; nothing where none expected a tail, trained in this rollout or has failed before."""
     tails = [report.tail for report in reports]
     expected_s = [tail.expected_s for tail in tails if tail.expected_s > 0]
-    if not expected_s and not any(tail.num_steps or tail.has_failed for tail in tails):
+    if not expected_s and not any(tail.did_train or tail.has_failed for tail in tails):
         return {}
-    late_s = [max(tail.back_s - end_s, 0.0) for tail in tails if tail.num_steps]
+    late_s = [max(tail.back_s - end_s, 0.0) for tail in tails if tail.did_train]
     # What a rank trained after the world's last response was not idle time.
     used_s = sum(max(tail.train_s - max(tail.back_s - end_s, 0.0), 0.0) for tail in tails)
     return {
@@ -198,7 +198,7 @@ def tail_metrics(reports: Sequence[ReplicaReport], *, end_s: float, idle_s: floa
         "spot/ranks_trained": float(sum(tail.num_steps > 0 for tail in tails)),
         "spot/ranks_too_late": float(sum(tail.was_too_short for tail in tails)),
         **({"spot/expected_tail_s": max(expected_s)} if expected_s else {}),
-        "spot/preemption_s_max": max(late_s, default=0.0),
+        **({"spot/preemption_s_max": max(late_s)} if late_s else {}),
     }
 
 

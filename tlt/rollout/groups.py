@@ -19,7 +19,8 @@ ADDED = (
     "spot/ranks_too_late",
     "spot/published",
 )
-"""Metrics that add up over the rounds of an iteration; the others are means weighted by each round's duration."""
+"""Metrics that add up over the rounds of an iteration; of those named `_max` the largest counts; the others are means
+weighted by each round's duration."""
 
 
 class GroupSampler:
@@ -63,6 +64,8 @@ def merged(rounds: list[dict[str, float]]) -> dict[str, float]:
         holding = [metrics for metrics in rounds if name in metrics]  # a round without drafts says nothing of them
         if name in ADDED:
             result[name] = sum(metrics[name] for metrics in holding)
+        elif name.endswith("_max"):
+            result[name] = max(metrics[name] for metrics in holding)
         else:
             total_s = sum(metrics["rollout/duration_s"] for metrics in holding)
             weighted = sum(metrics[name] * metrics["rollout/duration_s"] for metrics in holding)

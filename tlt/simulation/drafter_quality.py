@@ -14,6 +14,8 @@ from tlt.spot.opportunity import PATIENCE_STEPS, GainRecord
 
 DEPTH = 4
 """Draft tokens over which heads are judged."""
+NUM_JUDGES = 100
+"""Responses that judge; the error is given, whatever their number."""
 
 
 @dataclass(kw_only=True)
@@ -49,11 +51,14 @@ class DrafterQuality:
             return
         better = self.share + (1 - self.share) * (1 - exp(-rank_s / self.recovery_rank_s))
         live, candidate = self.score(self.share), self.score(better)
-        judged = Judgement(live=live, candidate=candidate, error=self.error_frac * (1 + live))
+        error = self.error_frac * (1 + live)
+        judged = Judgement(live=live, candidate=candidate, error=error, num_judges=NUM_JUDGES)
         self.gains.count(judged, policy_version=self.version, cost_frac=meeting_frac, num_steps=PATIENCE_STEPS)
         if judged.is_better:
             self.gains.published(judged, policy_version=self.version)
             self.share = better
+        else:
+            self.gains.begun_anew()  # the model forgets what does not draft
 
     def policy_updated(self) -> None:
         """The text that is to be drafted has changed a little."""

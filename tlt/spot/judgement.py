@@ -1,9 +1,22 @@
 """How much better trained weights draft than those that do, on the same held-out responses of all ranks."""
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
+
+ONCE_IN_FORTY = {
+    1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23, 12: 2.18, 15: 2.13,
+    20: 2.09, 30: 2.04, 60: 2.00, 120: 1.98,
+}  # fmt: skip
+"""Standard errors that chance exceeds to one side so often, by degrees of freedom: Student's t at 0.975."""
+
+
+def once_in_forty(degrees: int) -> float:
+    """Of the next fewer degrees of freedom in the table; infinite below 1."""
+    known = sorted(ONCE_IN_FORTY)
+    return ONCE_IN_FORTY[known[bisect_right(known, degrees) - 1]] if degrees >= 1 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +29,8 @@ class Judgement:
     """Of those that were trained."""
     error: float
     """Standard error of the difference between responses; infinite where fewer than two judged."""
+    num_judges: int
+    """Responses that judged."""
 
     @property
     def gain(self) -> float:
@@ -31,7 +46,7 @@ class Judgement:
     def is_worse(self) -> bool:
         """Whether the training went wrong: they lose more than chance would but once in forty. One that has just begun
         may lose a little before it gains."""
-        return self.gain < -2 * self.error
+        return self.gain < -once_in_forty(self.num_judges - 1) * self.error
 
     def frac(self, value: float) -> float:
         """A difference of scores as a share of the tokens that one verification gives now."""
@@ -60,4 +75,6 @@ def judgement(sums: torch.Tensor) -> Judgement | None:
     ratio = (candidate - live) / drafts
     residual = max(gain_2 - 2 * ratio * gain_drafts + ratio**2 * drafts_2, 0.0)
     error = math.sqrt(residual * responses / (responses - 1)) / drafts if responses > 1 else math.inf
-    return Judgement(live=live / drafts, candidate=candidate / drafts, error=error)
+    return Judgement(
+        live=live / drafts, candidate=candidate / drafts, error=error, num_judges=int(responses)
+    )  # fmt: skip

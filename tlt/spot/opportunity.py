@@ -5,7 +5,8 @@ No clock, no store and no random number is read here: decisions are functions of
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from statistics import fmean, median
 
 from tlt.spot.judgement import Judgement
@@ -21,6 +22,8 @@ LASTING = 8
 """Rollouts that a gain is counted for: later ones have it too, while the policy moves away from what was learned."""
 SWITCHES = 5
 """Last switches that the median is taken of."""
+DOUBT = 0.8
+"""What is left of a switch's seconds when a tail was skipped for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +50,27 @@ class GainRecord:
         self.losses_frac: deque[float] = deque(maxlen=SESSIONS)
         """For each policy version that passed since the weights that draft were published."""
         self._published: tuple[int, float] | None = None
+        self._carried = 0.0
+        """Gain of the trained weights that was judged and counted, and not published: the next one contains it."""
         self._num_steps = 0.0
 
     def count(
         self, judged: Judgement, *, policy_version: int, cost_frac: float | None, num_steps: float
     ) -> dict[str, float]:  # fmt: skip
-        """A training of so many optimizer steps was judged; metrics."""
+        """A training of so many optimizer steps was judged; metrics. It gained what trained weights are better by than
+        they were before it."""
         self._num_steps += num_steps
+        added = judged.gain - self._carried
         metrics = {
-            "spot/gain": judged.gain, "spot/live_score": judged.live, "spot/candidate_score": judged.candidate,
+            "spot/gain": judged.gain, "spot/added_gain": added, "spot/live_score": judged.live,
+            "spot/candidate_score": judged.candidate, "spot/judges": float(judged.num_judges),
         }  # fmt: skip
         if math.isfinite(judged.error):  # else nothing tells a gain from chance
             metrics["spot/gain_error"] = judged.error
+            self._carried = judged.gain
             self.sessions.append(
                 Session(
-                    policy_version=policy_version, gain_frac=judged.frac(judged.gain),
+                    policy_version=policy_version, gain_frac=judged.frac(added),
                     error_frac=judged.frac(judged.error), cost_frac=cost_frac,
                 )
             )  # fmt: skip
@@ -74,6 +83,31 @@ class GainRecord:
     def published(self, judged: Judgement, *, policy_version: int) -> None:
         """The trained weights draft from now on."""
         self._published = (policy_version, judged.candidate)
+        self._carried = 0.0
+
+    def withdrawn(self) -> None:
+        """What was published does not draft any more: its score says nothing of the weights that do."""
+        self._published = None
+
+    def begun_anew(self) -> None:
+        """The trained weights were dropped for those that draft."""
+        self._carried = 0.0
+
+    def state_dict(self) -> dict:
+        """What a resumed run decides by; plain values."""
+        return {
+            "sessions": [asdict(session) for session in self.sessions],
+            "losses_frac": list(self.losses_frac),
+            "published": self._published,
+            "carried": self._carried,
+            "num_steps": self._num_steps,
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Take the place of what is held; the least gain stays this run's own."""
+        self.sessions = deque((Session(**fields) for fields in state["sessions"]), maxlen=SESSIONS)
+        self.losses_frac = deque(state["losses_frac"], maxlen=SESSIONS)
+        self._published, self._carried, self._num_steps = state["published"], state["carried"], state["num_steps"]
 
     @property
     def needed_frac(self) -> float:
@@ -121,6 +155,11 @@ class SwitchCost:
     def observe_none(self, seconds: float) -> None:
         """The tail ended after so many seconds, before the first optimizer step."""
         self._seconds.append(max(seconds, self.seconds))
+
+    def skipped(self) -> None:
+        """A tail was never long enough: nothing was measured, so what once was is held on to the less. The first
+        switches hold what is paid but once, and would else be the last ones."""
+        self._seconds = deque((DOUBT * seconds for seconds in self._seconds), maxlen=SWITCHES)
 
     def fits(self, remaining_s: float | None) -> bool:
         """Whether a tail that is expected to last so long gives one optimizer step; None is not known."""

@@ -22,7 +22,7 @@ from tlt.spot.judgement import judgement, judgement_sums
 from tlt.spot.opportunity import GainRecord, SwitchCost
 from tlt.spot.rank_state import Event, Rank, RankState
 from tlt.trace import Trace
-from tlt.types import HiddenStateSample, TailReport
+from tlt.types import HiddenStateSample, TailReport, prompt_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +64,10 @@ def newest(samples: Sequence[HiddenStateSample], *, num_starts: int) -> list[Hid
 
 
 def is_held_out(sample: HiddenStateSample, *, every: int) -> bool:
-    """Whether a response is one in `every` that no head is trained on, so that it may judge them: a function of its
-    name, the same wherever and whenever asked."""
-    digest = hashlib.sha256(sample.request_id.encode()).digest()
+    """Whether a response is of one in `every` prompts that no head is trained on, so that it may judge them: a
+    function of the prompt's name, the same wherever and whenever asked. Siblings share much text: all of them judge or
+    none. A rank of few prompts may have no judge, or nothing else."""
+    digest = hashlib.sha256(prompt_id_of(sample.request_id).encode()).digest()
     return int.from_bytes(digest[:4], "little") % every == 0
 
 
@@ -108,18 +109,21 @@ class SpotTraining:
         where there is nothing to train on or training is not due; the rank then waits where ranks meet."""
         self.rank.on(Event.OWN_ROLLOUT_ENDED)
         self.board.ended()
-        expected_s, num_before, train_s, was_too_short = self.board.remaining_s() or 0.0, self.num_steps, 0.0, False
+        expected_s, num_before, train_s = self.board.remaining_s() or 0.0, self.num_steps, 0.0
+        did_train = was_too_short = False
         if not self.has_failed and self.gains.is_due(self.engine.policy_version) and not self._is_over():
             was_too_short = not self._opens()
             begin_s = time.perf_counter()
-            if not was_too_short:
-                self._train(begin_s)
+            if was_too_short:
+                self.switch.skipped()
+            else:
+                did_train = self._train(begin_s)
             if self.num_steps > num_before:
                 train_s = time.perf_counter() - begin_s
         self.train_s += train_s
         report = TailReport(
-            train_s=train_s, num_steps=max(self.num_steps - num_before, 0), has_failed=self.has_failed,
-            back_s=time.time(), expected_s=expected_s, was_too_short=was_too_short,
+            train_s=train_s, num_steps=max(self.num_steps - num_before, 0), did_train=did_train,
+            has_failed=self.has_failed, back_s=time.time(), expected_s=expected_s, was_too_short=was_too_short,
         )  # fmt: skip
         self.rank.on(Event.LEFT_TAIL)
         return report
@@ -132,10 +136,11 @@ class SpotTraining:
             time.sleep(LOOK_S)
         return False
 
-    def _train(self, begin_s: float) -> None:
+    def _train(self, begin_s: float) -> bool:
+        """Until all have ended; whether there was anything to train on."""
         samples = self._samples(self.engine.training_samples(seed=self.engine.policy_version), are_held_out=False)
         if not samples:
-            return
+            return False
         self.rank.on(Event.TRAINING_BEGAN)
         num_before = self.num_steps
 
@@ -156,6 +161,7 @@ class SpotTraining:
         if self.num_steps == num_before:
             self.switch.observe_none(time.perf_counter() - begin_s)
         self.rank.on(Event.TRAINER_RAISED if self.has_failed else Event.TRAINING_ENDED)
+        return True
 
     def _samples(self, samples: Sequence[HiddenStateSample], *, are_held_out: bool) -> list[HiddenStateSample]:
         """Those that are young enough, and that judge or do not."""
@@ -174,6 +180,7 @@ class SpotTraining:
 
         Collective over all ranks; all must call, after they met."""
         assert self.rank.state is RankState.BACK, "the rank still trains"
+        self._agree_on_live()
         rollout_s = time.perf_counter() - self.begin_s
         own = [self.num_steps, self.has_failed, self.train_s, self.meeting_s, rollout_s]
         total = self.parallel.sum(torch.tensor([float(value) for value in own], dtype=torch.float64))
@@ -191,9 +198,29 @@ class SpotTraining:
         self.num_steps, self.train_s = 0, 0.0
         return metrics
 
+    def _agree_on_live(self) -> None:
+        """One head drafts on all ranks: where a replica withdrew one on its own, and is a version ahead, all do.
+
+        Collective over all ranks; all must call."""
+        versions = self.parallel.all_gather_objects(self.engine.drafter_version)
+        highest = max(versions)
+        if min(versions) == highest:
+            return
+        is_teller = self.parallel.rank == versions.index(highest)
+        live = {}
+        for name, tensor in self.engine.drafter_tensors().items():
+            told = tensor.float() if is_teller else torch.zeros(tensor.shape)
+            live[name] = self.parallel.sum(told).to(tensor.dtype)
+        if self.engine.drafter_version != highest:
+            self.engine.load_drafter(live, drafter_version=highest)
+        self.gains.withdrawn()
+        logger.warning("a drafter was withdrawn by %d of %d ranks, now by all", versions.count(highest), len(versions))
+
     def _meet(self, num_steps: float, train_s: float, *, cost_frac: float | None) -> dict[str, float]:
         """Average, judge and load; the sums are those of all ranks."""
-        self.learner.average(self.parallel.sum, weight=self.num_steps / num_steps)
+        self.learner.average(
+            self.parallel.sum, self.parallel.all_gather_objects, weight=self.num_steps / num_steps
+        )  # fmt: skip
         held_out = self._samples(self.engine.hidden_state_samples(), are_held_out=True)
         judges = newest(held_out, num_starts=self.config.judge_starts)
         live = self.engine.drafter_tensors()
@@ -207,20 +234,23 @@ class SpotTraining:
             expected, drafts = self.parallel.sum(self.learner.score(judges, self.first).sum(0)).tolist()
             metrics["spot/first_score"] = expected / drafts
         if train_s > 0:
-            metrics["spot/gain_per_idle_s"] = judged.gain / train_s
+            metrics["spot/gain_per_idle_s"] = metrics["spot/added_gain"] / train_s
         if judged.is_better:
-            # A replica that withdrew a head on its own is ahead of the others.
-            versions = self.parallel.all_gather_objects(self.engine.drafter_version)
-            self.engine.load_drafter(self.learner.published(), drafter_version=max(versions) + 1)
+            self.engine.load_drafter(self.learner.published(), drafter_version=self.engine.drafter_version + 1)
             self.gains.published(judged, policy_version=version)
             metrics["spot/published"] = 1.0
         elif judged.is_worse:
             self.learner.begin_from(live)  # a training that went wrong is not gone on with
+            self.gains.begun_anew()
         return metrics
 
     def state_dict(self) -> dict:
-        """The head that drafts, and its trainer unless that has failed: it may hold anything then, NaN included."""
-        state = {"live": self.engine.drafter_tensors(), "version": self.engine.drafter_version}
+        """The head that drafts, what trainings gained, and its trainer unless that has failed: it may hold anything
+        then, NaN included."""
+        state = {
+            "live": self.engine.drafter_tensors(), "version": self.engine.drafter_version,
+            "gains": self.gains.state_dict(), "meeting_s": self.meeting_s,
+        }  # fmt: skip
         return state if self.has_failed else state | {"learner": self.learner.state_dict()}
 
     def load_state_dict(self, state: Mapping) -> None:
@@ -229,8 +259,12 @@ class SpotTraining:
         if not state:
             return
         self.engine.load_drafter(state["live"], drafter_version=state["version"])
+        if "gains" in state:  # older checkpoints have none
+            self.gains.load_state_dict(state["gains"])
+            self.meeting_s = state["meeting_s"]
         if "learner" in state:
             self.learner.load_state_dict(state["learner"])
         else:
             self.learner.begin_from(state["live"])
+            self.gains.begun_anew()
         logger.info("the drafter goes on as version %d", state["version"])

@@ -209,7 +209,8 @@ class VLLMRolloutEngine:
             self.speculation.finished(
                 output.request_id, [*prompt.token_ids, *rollout.token_ids],
                 num_prompt_tokens=len(prompt.token_ids), policy_version=self.policy_version,
-                is_random=sampling.temperature > 0,
+                # Greedy text is not what a drafter is trained for.
+                is_learned_from=sampling.temperature > 0 and sampling.is_learned_from,
             )  # fmt: skip
             finished[output.request_id] = rollout
             if self.is_replica_leader:

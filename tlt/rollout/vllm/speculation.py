@@ -117,7 +117,7 @@ class NoSpeculation:
         """Nothing to watch."""
 
     def finished(
-        self, name: str, token_ids: list[int], *, num_prompt_tokens: int, policy_version: int, is_random: bool
+        self, name: str, token_ids: list[int], *, num_prompt_tokens: int, policy_version: int, is_learned_from: bool
     ) -> None:
         """Nothing to keep."""
 
@@ -267,11 +267,11 @@ class Speculation:
         self.controller.policy = policy
 
     def finished(
-        self, name: str, token_ids: list[int], *, num_prompt_tokens: int, policy_version: int, is_random: bool
+        self, name: str, token_ids: list[int], *, num_prompt_tokens: int, policy_version: int, is_learned_from: bool
     ) -> None:
         """Keep a response that just ended: its text for its siblings, its hidden states while its blocks hold them."""
         self.suffix.finished(name, token_ids)
-        if not self.buffer.is_open or not is_random:  # greedy text is not what a drafter is trained for
+        if not self.buffer.is_open or not is_learned_from:
             return
         rows = self.runner.input_batch.req_id_to_index
         (row,) = (row for request_id, row in rows.items() if request_name(self.runner, request_id) == name)
