@@ -3,7 +3,6 @@
 Real engines: tests/engine/test_consolidation.py.
 """
 
-import threading
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -13,89 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.engines import make_prompts
+from tests.unit.turns import Store, Turns
 from tlt.rollout import consolidation
 from tlt.rollout.collector import ReplicaReport, in_order
 from tlt.rollout.consolidation import Consolidation, Pending, decode_s, worth_moving
 from tlt.rollout.handover import HandoverBoard
 from tlt.rollout.resources import own_resources
 from tlt.types import EngineStats, Rollout, RolloutGroup, TailReport
-
-
-class Turns:
-    """Threads of which one runs at a time, from one access to the store to the next, in a random order."""
-
-    MOST = 10_000
-
-    def __init__(self, count: int, random: Random):
-        self.random = random
-        self.go = [threading.Semaphore(0) for _ in range(count)]
-        self.back = threading.Semaphore(0)
-        self.running = set(range(count))
-        self.failures: list[BaseException] = []
-        self.is_over = False
-
-    def wait(self, index: int) -> None:
-        if not self.is_over:
-            self.back.release()
-            self.go[index].acquire()
-        if self.is_over:
-            raise TimeoutError("the walk is over")
-
-    def start(self, index: int, run) -> threading.Thread:
-        def body() -> None:
-            self.go[index].acquire()
-            try:
-                run()
-            except BaseException as error:  # noqa: BLE001 - reported by `walk`
-                self.failures.append(error)
-            self.running.discard(index)
-            self.back.release()
-
-        thread = threading.Thread(target=body)
-        thread.start()
-        return thread
-
-    def walk(self, runs) -> None:
-        threads = [self.start(index, run) for index, run in enumerate(runs)]
-        turns = 0
-        while self.running and turns < self.MOST:
-            turns += 1
-            self.go[self.random.choice(sorted(self.running))].release()
-            self.back.acquire()
-        hung, failures, self.is_over = set(self.running), list(self.failures), True
-        for index in hung:
-            self.go[index].release()
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
-        assert not hung, f"replicas {hung} wait for ever"
-
-
-class Store:
-    """Of one thread; each access is a turn."""
-
-    def __init__(self, values: dict, turns: Turns, index: int):
-        self.values, self.turns, self.index = values, turns, index
-
-    def add(self, key: str, amount: int) -> int:
-        self.turns.wait(self.index)
-        self.values[key] = self.values.get(key, 0) + amount
-        return self.values[key]
-
-    def set(self, key: str, value: bytes) -> None:
-        self.turns.wait(self.index)
-        self.values[key] = value
-
-    def get(self, key: str) -> bytes:
-        while key not in self.values:
-            self.turns.wait(self.index)
-        self.turns.wait(self.index)
-        return self.values[key]
-
-    def delete_key(self, key: str) -> bool:
-        self.turns.wait(self.index)
-        return self.values.pop(key, None) is not None
 
 
 def part(token_ids: tuple[int, ...]) -> Rollout:
@@ -196,7 +119,7 @@ class Replica:
 def walk(seed: int, count: int, lengths: dict[str, int], owners: list[int], stops: dict[int, int]) -> list[Replica]:
     """One rollout in a random interleaving."""
     random, values = Random(seed), {}
-    turns = Turns(count, random)
+    turns = Turns(count, random.choice)
     replicas = [
         Replica(values, turns, index, count, random, stops_after=stops.get(index)) for index in range(count)
     ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""The protocol of idle ranks: every interleaving of four ranks, states and transitions, what is trained on.
+"""Idle ranks: states and transitions, what is trained on, averaged and judged.
 
-Real processes, failures and delays: tests/distributed/test_spot_ranks.py.
+Every order of what ranks do: test_spot_protocol.py. Real processes and delays: tests/distributed/test_spot_ranks.py.
 """
 
 import copy
@@ -57,78 +57,6 @@ def test_from_every_state_a_rank_can_come_back():
             found |= frontier
             frontier = set().union(*(ways[each] for each in frontier)) - found
         assert RankState.BACK in found, state
-
-
-class Walk:
-    """Ranks that take one step at a time, in any order, with the product's own board and states.
-
-    A rank's steps are those of `SpotTraining.use_tail`: its rollout ends and it writes so; it looks at the board; it
-    makes a micro-step, which may raise; it looks again; it leaves.
-    """
-
-    def __init__(self, world_size: int):
-        self.store = Counters()
-        self.boards = [TailBoard(self.store, rank=rank, world_size=world_size) for rank in range(world_size)]
-        self.ranks = [Rank() for _ in range(world_size)]
-        self.steps_after_drain = [0] * world_size
-        for board, rank in zip(self.boards, self.ranks, strict=True):
-            rank.on(Event.NEXT_ROLLOUT)
-            board.begin()
-
-    def key(self) -> tuple:
-        return (*(rank.state for rank in self.ranks), *self.steps_after_drain, *self.store.values.values())
-
-    def choices(self, index: int) -> list[str]:
-        return {
-            RankState.ROLLOUT: ["end"], RankState.IDLE: ["look", "leave"], RankState.TRAINING: ["step", "raise"],
-            RankState.FAILED: ["leave"], RankState.BACK: [],
-        }[self.ranks[index].state]  # fmt: skip
-
-    def take(self, index: int, choice: str) -> None:
-        rank, board = self.ranks[index], self.boards[index]
-        if choice == "end":
-            rank.on(Event.OWN_ROLLOUT_ENDED)
-            board.ended()
-        elif choice == "look":
-            rank.on(Event.LEFT_TAIL if board.all_ended() else Event.TRAINING_BEGAN)
-        elif choice == "step":
-            self.steps_after_drain[index] += board.all_ended()
-            if board.all_ended():  # asked after every micro-step
-                rank.on(Event.TRAINING_ENDED)
-        elif choice == "raise":
-            rank.on(Event.TRAINER_RAISED)
-        else:
-            rank.on(Event.LEFT_TAIL)
-
-
-def replayed(path: tuple[tuple[int, str], ...], world_size: int) -> Walk:
-    walk = Walk(world_size)
-    for index, choice in path:
-        walk.take(index, choice)
-    return walk
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_every_interleaving_ends_with_all_ranks_back(world_size):
-    seen, ends = set(), 0
-    frontier: list[tuple[tuple[int, str], ...]] = [()]
-    while frontier:
-        path = frontier.pop()
-        walk = replayed(path, world_size)
-        if walk.key() in seen:
-            continue
-        seen.add(walk.key())
-        # Training never outlives the drain: after the last rollout ended no rank makes a second micro-step.
-        assert max(walk.steps_after_drain) <= 1, path
-        moves = [(index, choice) for index in range(world_size) for choice in walk.choices(index)]
-        # No deadlock: whoever is not back can always move, whatever the others do.
-        assert all(walk.choices(index) or rank.state is RankState.BACK for index, rank in enumerate(walk.ranks))
-        if not moves:
-            ends += 1
-            assert {rank.state for rank in walk.ranks} == {RankState.BACK}, path
-        frontier += [(*path, move) for move in moves]
-    assert ends >= 1
-    assert len(seen) >= 3**world_size
 
 
 def test_rollouts_have_counters_of_their_own():
