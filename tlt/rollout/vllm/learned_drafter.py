@@ -150,6 +150,8 @@ class LearnedDrafter:
             device=runner.device,
         )  # fmt: skip
         self.passes = passes(self.head, cache, runner.get_model().compute_logits)
+        self.ends_early = on_cpu
+        """Whether a draft that is ended saves passes; a GPU's graphs have made all that were asked for."""
         self.chain: Callable[[Sequence[DraftRequest], Sequence[str]], Chain] = partial(PassByPass, self)
         if not on_cpu:
             from tlt.rollout.vllm.draft_graphs import DraftGraphs

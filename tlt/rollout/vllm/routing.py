@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tlt.drafter.router import Candidate, DraftRouter
+from tlt.drafter.router import Candidate, DraftRouter, Route
 from tlt.drafter.worth import trusted
 from tlt.rollout.vllm.learned_drafter import AsAsked, DraftLimit, DraftRequest, LearnedDrafter
 from tlt.rollout.vllm.ledger import Proposal
@@ -48,6 +48,7 @@ class AdaptiveRouting:
         self.heads = heads
         self.agree = agree
         self.limits: dict[bool, DraftLimit] = {True: WorthLimit(router, agree=agree), False: AsAsked()}
+        self.ends_early = {head.name for head in heads if head.ends_early}
         self.prices = NO_PRICES
         self.is_adaptive = False
 
@@ -73,8 +74,15 @@ class AdaptiveRouting:
         routes = self.agree(self.router.plan(candidates, self.prices, num_running=len(candidates)))
         for request, route in zip(requests, routes, strict=True):
             if route is not None:
-                plan.setdefault(route.drafter, []).append(request.asking_for(route.num_draft_tokens))
+                plan.setdefault(route.drafter, []).append(request.asking_for(self._num_asked(route, request)))
         return plan
+
+    def _num_asked(self, route: Route, request: DraftRequest) -> int:
+        """A head that waits for each of its tokens is told by `WorthLimit` when to end, which knows what was drafted;
+        the route, made before any token was, would end a draft of sure tokens too early."""
+        if self.router.is_probe or route.drafter not in self.ends_early:
+            return route.num_draft_tokens
+        return min(request.num_draft_tokens, self.router.max_draft_tokens)
 
     def cut(self, proposals: Mapping[str, Proposal]) -> Mapping[str, Proposal]:
         """Rejection sampling is exact only if whether a draft is verified does not depend on what it turned out to be,
