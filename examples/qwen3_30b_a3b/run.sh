@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Qwen3-30B-A3B (128 experts, 8 for each token), GRPO with responses of up to 32K tokens, on two nodes of 8 GPUs of 80 GB.
-# The paper has no such model: settings of its 32B model. Variables: ../paper_settings.sh, ../launch.sh. Further flags win;
+# The paper has no such model: settings of its 7B models. Variables: ../paper_settings.sh, ../launch.sh. Further flags win;
 # with --dry-run among them nothing is started.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
