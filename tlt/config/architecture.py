@@ -27,6 +27,11 @@ def experts_of(hf_config: dict) -> Experts | None:
     )
 
 
+def has_qk_norms(hf_config: dict) -> bool:
+    """Whether queries and keys are normalised head by head."""
+    return hf_config["model_type"] in ("qwen3", "qwen3_moe")
+
+
 def head_dim(hf_config: dict) -> int:
     """Size of one attention head."""
     return hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"]

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import unwrap_model
 
 from tlt.config import ModelConfig
-from tlt.config.architecture import Experts, experts_of, head_dim, supported_rope
+from tlt.config.architecture import Experts, experts_of, has_qk_norms, head_dim, supported_rope
 from tlt.parallel import Parallel
 from tlt.policy.attention import PackedAttention, fastest_kernel, packed_bounds
 from tlt.types import PackedMicroBatch
@@ -59,7 +59,7 @@ def transformer_config(hf_config: dict, model: ModelConfig) -> TransformerConfig
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=hf_config["model_type"] == "qwen2",
-        qk_layernorm=hf_config["model_type"] in ("qwen3", "qwen3_moe"),
+        qk_layernorm=has_qk_norms(hf_config),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=model.bf16,

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from tlt.config.architecture import experts_of
+from tlt.config.architecture import experts_of, has_qk_norms, head_dim
 
 Kind = Literal["replicated", "column", "row", "gate_up", "qkv"]
 """How a parameter is sharded: not at all; rows (output features); columns (input features); rows of gate and of up,
@@ -84,8 +84,7 @@ def weight_table(hf_config: dict, *, transformer_engine: bool) -> list[Weight]:
     """Every parameter of a Llama, Qwen2, Qwen3 or Qwen3-MoE model, in the order of the forward pass."""
     hidden, experts = hf_config["hidden_size"], experts_of(hf_config)
     heads = hf_config["num_attention_heads"]
-    kv_heads = hf_config.get("num_key_value_heads") or heads
-    dim = hf_config.get("head_dim") or hidden // heads
+    kv_heads, dim = query_groups(hf_config), head_dim(hf_config)
     vocab, num_layers = hf_config["vocab_size"], hf_config["num_hidden_layers"]
     qkv_rows = (heads * dim, kv_heads * dim, kv_heads * dim)
 
@@ -114,7 +113,7 @@ def weight_table(hf_config: dict, *, transformer_engine: bool) -> list[Weight]:
         add("self_attention.linear_qkv.weight", "qkv", [f"{n}.weight" for n in qkv], [(r, hidden) for r in qkv_rows])
         if hf_config["model_type"] == "qwen2":
             add("self_attention.linear_qkv.bias", "qkv", [f"{n}.bias" for n in qkv], [(r,) for r in qkv_rows])
-        if hf_config["model_type"] in ("qwen3", "qwen3_moe"):
+        if has_qk_norms(hf_config):
             add("self_attention.q_layernorm.weight", "replicated", [f"{theirs}.self_attn.q_norm.weight"], [(dim,)])
             add("self_attention.k_layernorm.weight", "replicated", [f"{theirs}.self_attn.k_norm.weight"], [(dim,)])
         add("self_attention.linear_proj.weight", "row", [f"{theirs}.self_attn.o_proj.weight"], [(hidden, heads * dim)])
