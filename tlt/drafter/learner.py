@@ -8,7 +8,7 @@ from tlt.config.drafter import DrafterConfig
 from tlt.drafter.batch import Piece, micro_batches, pack, whole
 from tlt.drafter.losses import readout, target_distribution
 from tlt.drafter.model import EagleHead
-from tlt.drafter.trainer import DrafterTrainer, Target
+from tlt.drafter.trainer import DrafterTrainer, Target, take_over
 from tlt.drafter.unroll import unroll
 from tlt.types import HiddenStateSample
 
@@ -96,9 +96,9 @@ class HeadLearner:
             return torch.zeros(0, 2, dtype=torch.float64)
         self.trainer.renew_target(self._target())
         own = {name: parameter.clone() for name, parameter in self.trainer.parameters.items()}
-        self._hold(tensors)
+        take_over(self.trainer.parameters, tensors)
         expected = self._expected(pieces)
-        self._hold(own)
+        take_over(self.trainer.parameters, own)
         return torch.tensor([expected, [piece.num_starts for piece in pieces]], dtype=torch.float64).T
 
     def _expected(self, pieces: Sequence[Piece]) -> list[float]:
@@ -124,10 +124,6 @@ class HeadLearner:
                 stands[starts] *= torch.minimum(target_probs[depth.rows], draft_probs).sum(1).cpu()
                 totals.index_add_(0, owner[starts], stands[starts].double())
         return totals.tolist()
-
-    def _hold(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self.trainer.parameters.items():
-            parameter.copy_(tensors[name])
 
     def published(self) -> dict[str, torch.Tensor]:
         """Weights to draft with."""

@@ -270,8 +270,7 @@ class DrafterTrainer:
     def begin_from(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Train these weights, which become their own running average, with an optimizer that has made no step."""
         for own in (self.parameters, self.average):
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+            take_over(own, tensors)
         for moment in self.moments():
             moment.zero_()
         self.set_steps(0, num_passes=self.num_passes)
@@ -302,9 +301,15 @@ class DrafterTrainer:
         for own, found in ((self.parameters, state["head"]), (self.average, state["average"])):
             if set(own) != set(found):
                 raise ValueError(f"the drafter's checkpoint holds {sorted(found)}, the head has {sorted(own)}")
-            for name, tensor in own.items():
-                tensor.copy_(found[name])
+            take_over(own, found)
         self.optimizer.load_state_dict(state["optimizer"])
         self._fill_moments()
         self.num_steps, self.num_passes, self.num_steps_in_pass, self.micro_step_starts = state["counters"]
         self.seed = state["seed"]
+
+
+@torch.no_grad()
+def take_over(own: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    """Copy into each of a head's own tensors what is found under its name."""
+    for name, tensor in own.items():
+        tensor.copy_(found[name])
