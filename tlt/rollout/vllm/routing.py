@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tlt.drafter.router import Candidate, DraftRouter, Route
+from tlt.drafter.router import Candidate, DraftRouter
 from tlt.drafter.worth import trusted
 from tlt.rollout.vllm.learned_drafter import AsAsked, DraftLimit, DraftRequest, LearnedDrafter
 from tlt.rollout.vllm.ledger import Proposal
@@ -74,15 +74,12 @@ class AdaptiveRouting:
         routes = self.agree(self.router.plan(candidates, self.prices, num_running=len(candidates)))
         for request, route in zip(requests, routes, strict=True):
             if route is not None:
-                plan.setdefault(route.drafter, []).append(request.asking_for(self._num_asked(route, request)))
+                # A head that waits for each of its tokens is told by `WorthLimit` when to end, which knows what was
+                # drafted; the route, made before any token was, would end a draft of sure tokens too early.
+                is_open = route.drafter in self.ends_early and not self.router.is_probe
+                asking = request if is_open else request.asking_for(route.num_draft_tokens)
+                plan.setdefault(route.drafter, []).append(asking)
         return plan
-
-    def _num_asked(self, route: Route, request: DraftRequest) -> int:
-        """A head that waits for each of its tokens is told by `WorthLimit` when to end, which knows what was drafted;
-        the route, made before any token was, would end a draft of sure tokens too early."""
-        if self.router.is_probe or route.drafter not in self.ends_early:
-            return route.num_draft_tokens
-        return min(request.num_draft_tokens, self.router.max_draft_tokens)
 
     def cut(self, proposals: Mapping[str, Proposal]) -> Mapping[str, Proposal]:
         """Rejection sampling is exact only if whether a draft is verified does not depend on what it turned out to be,
