@@ -110,7 +110,7 @@ class Inputs:
         parse_engine_args(rollout.engine_args)
         self.spec = read_spec_plan(
             config.spec, target_config=self.hf_config, dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
-            tp_size=rollout.tensor_parallel_size,
+            tp_size=rollout.tensor_parallel_size, is_trained=config.spot.training == "on",
         )  # fmt: skip
         self.faults = parse_faults(training.fault or (), world_size=world_size)
         self.checkpoint = find_checkpoint(config)

@@ -4,6 +4,7 @@ A directory that holds a config.json alone is enough; with a tokenizer in it pro
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from tlt.config.architecture import supported_rope
 from tlt.data.source import parse_source
 from tlt.footprint.engine import Drafters
 from tlt.footprint.table import GIB, Footprint, footprint
-from tlt.rollout.vllm.speculation import SpecPlan, read_spec_plan
+from tlt.rollout.vllm.speculation import LEARNED, SpecPlan, read_spec_plan
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +26,10 @@ def rehearse(config: RunConfig, *, world_size: int, ranks_per_node: int) -> Foot
     supported_rope(hf_config)
     plan = read_spec_plan(
         config.spec, target_config=hf_config, dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
-        tp_size=config.rollout.tensor_parallel_size,
+        tp_size=config.rollout.tensor_parallel_size, is_trained=config.spot.training == "on",
     )  # fmt: skip
     found = footprint(
-        config, hf_config, drafters(plan), world_size=world_size, ranks_per_node=ranks_per_node,
+        config, hf_config, drafters(plan, hf_config), world_size=world_size, ranks_per_node=ranks_per_node,
         device_bytes=device_bytes(config.training.dry_run_gpu_gib),
     )  # fmt: skip
     for line in (*shape(config, world_size=world_size, ranks_per_node=ranks_per_node), *str(found).splitlines()):
@@ -46,10 +47,15 @@ def rehearse(config: RunConfig, *, world_size: int, ranks_per_node: int) -> Foot
     return found
 
 
-def drafters(plan: SpecPlan) -> Drafters:
+def drafters(plan: SpecPlan, hf_config: dict) -> Drafters:
     """What the heads of a plan, and those who learn from hidden states, keep."""
-    sizes = (parameter.numel() for head in plan.heads.values() for parameter in head.parameters())
-    return Drafters(head_parameters=sum(sizes), num_heads=len(plan.heads), states=plan.kept_states())
+    sizes = {name: sum(each.numel() for each in head.parameters()) for name, head in plan.heads.items()}
+    found = Drafters(head_parameters=sum(sizes.values()), num_heads=len(plan.heads), states=plan.kept_states())
+    if not plan.is_trained:
+        return found
+    ids = plan.heads[LEARNED].draft_token_ids
+    rows = hf_config["vocab_size"] if ids is None else len(ids)
+    return replace(found, trained_parameters=sizes[LEARNED], trained_rows=rows)
 
 
 def device_bytes(gpu_gib: float | None) -> int | None:

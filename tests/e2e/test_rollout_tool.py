@@ -221,10 +221,30 @@ def test_idle_ranks_train_the_drafter_and_the_run_is_the_same(model, head, tmp_p
     assert "speculation goes on with what it learned under --spec-strategy eagle:3" in output, output[-3000:]
 
 
+def test_tensor_parallel_replicas_train_the_drafter_and_the_run_is_the_same(model, head, tmp_path):
+    common = {
+        "train_iters": 2, "eval_num_prompts": 0, "rollout_max_response_tokens": 80, "rl_optimizer_steps": 1,
+        "spec_drafter": head, "spec_strategy": "eagle:3", "spec_hidden_states_mib": 16, "drafter_starts_per_step": 16,
+        "rollout_tensor_parallel_size": 2, "rl_prompts_per_iteration": 3,
+    }  # fmt: skip
+    outputs = [
+        run_forked("pretrain_rl", flags(model, tmp_path / name, **common, spot_training=name), 4, timeout_s=280)
+        for name in ("off", "on")
+    ]
+    off, on = records(tmp_path / "off"), records(tmp_path / "on")
+    assert len(off) == len(on) == 3, outputs[1][-3000:]
+    for first, second in zip(off, on, strict=True):
+        for name in first:
+            if name.startswith(("rl/", "policy/")) and not name.endswith("_s"):
+                assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-4), name
+    assert max(record.get("spot/ranks_trained", 0) for record in on) == 2, "both ranks of the replica that is idle"
+    assert all(record["spot/failed_ranks"] == 0 for record in on[1:])
+
+
 def test_the_spot_benchmark_compares_training_with_none_and_with_a_bystander(model, head, tmp_path):
     setting = flags(
-        model, tmp_path / "run", eval_num_prompts=0, rollout_max_response_tokens=60, spec_drafter=head,
-        spec_strategy="eagle:3", spec_hidden_states_mib=16, rl_prompts_per_iteration=2, drafter_starts_per_step=32,
+        model, tmp_path / "run", eval_num_prompts=0, rollout_max_response_tokens=100, spec_drafter=head,
+        spec_strategy="eagle:3", spec_hidden_states_mib=16, rl_prompts_per_iteration=3, drafter_starts_per_step=32,
         spot_training="on",
     )  # fmt: skip
     run_forked("tools.bench_spot", [*setting, "--repetitions", "3", "--json", tmp_path / "rows.json"], timeout_s=280)

@@ -20,7 +20,7 @@ EOS = 258  # <|im_end|> of tests/tiny_models.py
 
 def make_engine(
     folder: Path, *, dtype: str = "float32", should_stop: Callable[[], bool] = lambda: False,
-    spec: SpecConfig | None = None, history_mib: int = 0, **config,
+    spec: SpecConfig | None = None, history_mib: int = 0, is_trained: bool = False, **config,
 ) -> VLLMRolloutEngine:  # fmt: skip
     """Collective over all ranks; all must call."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -31,7 +31,7 @@ def make_engine(
     )
     plan = read_spec_plan(
         spec or SpecConfig(), target_config=read_hf_config(str(folder)), dtype=getattr(torch, dtype),
-        tp_size=rollout.tensor_parallel_size,
+        tp_size=rollout.tensor_parallel_size, is_trained=is_trained,
     )  # fmt: skip
     return VLLMRolloutEngine(
         rollout,

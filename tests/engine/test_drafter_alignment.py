@@ -22,7 +22,8 @@ from tlt.drafter.trainer import DrafterTrainer, Target
 from tlt.drafter.unroll import unroll
 from tlt.rollout.vllm.engine import set_engine_environment
 from tlt.rollout.vllm.learned_drafter import LearnedDrafter
-from tlt.rollout.vllm.speculation import LEARNED, read_weight
+from tlt.rollout.vllm.speculation import LEARNED
+from tlt.rollout.vllm.target_weights import EMBEDDING, read_weight
 from tlt.spec.draft_kind import FixedKind
 from tlt.spec.randomness import request_seed
 from tlt.spec.strategy import FixedStrategy, parse_strategy
@@ -118,7 +119,7 @@ def _aligned(rank: int, world_size: int, folder: Path, head: Path, out: Path) ->
     generate(engine, make_prompts(40), SAMPLING, group_size=4, seed=3)
     samples = list(speculation.buffer)
 
-    embedding = read_weight(folder, "model.embed_tokens.weight")
+    embedding = read_weight(folder, EMBEDDING)
     target = Target(
         embedding=embedding, output_weight=embedding[learned.head.draft_token_ids],
         temperature=SAMPLING.temperature,

@@ -7,17 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.distributed.ranks import run_ranks
 from tests.engine.engines import generate, make_engine, make_prompts, tokens
+from tests.engine.test_engine import weights_of
 from tests.engine.test_speculation import AUX_LAYERS, PEAKED, EveryStep, write_head
 from tests.tiny_models import write_tiny_model
 from tlt.config import SpecConfig
 from tlt.drafter.aux_layers import parse_aux_layers
 from tlt.rollout.vllm.learned_drafter import LearnedDrafter
+from tlt.rollout.vllm.target_weights import output_name
 from tlt.spec.strategy import FixedStrategy, parse_strategy
-from tlt.types import OFF, SamplingConfig
-from tlt.weight_sync.gather import HfDirectory
+from tlt.types import OFF, SamplingConfig, rollout_name
 
 pytestmark = pytest.mark.engine
 
@@ -120,8 +122,7 @@ def _follows_the_policy(rank: int, world_size: int, folder: Path, other: Path, h
     engine = make_engine(folder, spec=SpecConfig(strategy="eagle:3", drafter=(str(head),)))
     learned = engine.speculation.learned
     ids = learned.head.draft_token_ids
-    weights = {name: file.get_tensor(name) for name, file in HfDirectory(other).owner.items()}
-    first = {name: file.get_tensor(name) for name, file in HfDirectory(folder).owner.items()}
+    weights, first = weights_of(other), weights_of(folder)
     name = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
     own = {key: value.clone() for key, value in learned.head.named_parameters()}
     assert torch.equal(learned.output_weight, first[name][ids])
@@ -145,3 +146,45 @@ def test_frozen_copies_follow_every_policy_sync_and_a_drafter_survives_it(tmp_pa
     other = write_tiny_model(kind, tmp_path / "b", seed=9)
     head = write_head(tmp_path / "head", folder, draft_token_ids=torch.arange(5, 400, 3))
     run_ranks(_follows_the_policy, 1, folder, other, head)
+
+
+def _learns(rank: int, world_size: int, folder: Path, other: Path, head: Path) -> None:
+    spec = SpecConfig(strategy="eagle:3", drafter=(str(head),), hidden_states_mib=64)
+    engine = make_engine(folder, spec=spec, is_trained=True, tensor_parallel_size=world_size)
+    ids = engine.speculation.learned.head.draft_token_ids
+    for version, source in enumerate((None, other, folder)):
+        if source is not None:
+            engine.load_weights(iter(weights_of(source).items()), policy_version=version)
+        expected = weights_of(source or folder)
+        embedding, output = engine.drafter_target()
+        assert torch.equal(embedding, expected["model.embed_tokens.weight"])
+        rows = expected[output_name(engine.runner.get_model())]
+        assert torch.equal(output, rows if ids is None else rows[ids])
+    groups = generate(engine, make_prompts(3), SAMPLING, group_size=4)
+    found = [None] * world_size
+    dist.all_gather_object(found, [sample.request_id for sample in engine.hidden_state_samples()])
+    assert len({len(names) for names in found}) == 1
+    names = [name for names in found for name in names]
+    assert sorted(names) == sorted(rollout_name(each.prompt.prompt_id, i) for each in groups for i in range(4))
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "drafted"), [("llama", 2, None), ("qwen2", 2, None), ("qwen2", 2, 100), ("qwen2", 1, None)]
+)
+def test_a_head_is_trained_with_whole_weights_and_on_a_part_of_its_replica(tmp_path, kind, world_size, drafted):
+    folder, other = (write_tiny_model(kind, tmp_path / str(seed), seed=seed, vocab_size=500) for seed in (0, 1))
+    ids = None if drafted is None else torch.arange(0, 3 * drafted, 3)
+    run_ranks(_learns, world_size, folder, other, write_head(tmp_path / "head", folder, draft_token_ids=ids))
+
+
+def test_an_engine_whose_head_is_not_trained_gives_no_weights_to_train_with(tmp_path):
+    folder = write_tiny_model("llama", tmp_path)
+    run_ranks(_only_drafts, 1, folder, write_head(tmp_path / "head", folder))
+
+
+def _only_drafts(rank: int, world_size: int, folder: Path, head: Path) -> None:
+    engine = make_engine(folder, spec=SpecConfig(strategy="eagle:3", drafter=(str(head),)))
+    with pytest.raises(RuntimeError, match="not built for a head that is trained"):
+        engine.drafter_target()
+    engine.close()

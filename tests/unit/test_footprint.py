@@ -1,5 +1,7 @@
 """What a run takes of each GPU: known sizes of known models, and what grows with what."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.model_facts import FACTS, NUM_PARAMETERS
@@ -77,6 +79,14 @@ def test_drafters_take_room_for_every_cached_token():
     found = of("qwen2.5_7b", drafters=drafters)
     slot = (3584 + 2 * 4 * 128) * 2
     assert gib_of(found, "drafters", "update") == pytest.approx((2e8 + found.engine.kv_tokens * slot) / GIB)
+
+
+def test_a_head_that_is_trained_takes_its_trainer_along():
+    drafters = Drafters(head_parameters=10**8, num_heads=1, states={}, trained_parameters=10**8)
+    found = of("qwen2.5_7b", drafters=drafters)
+    assert gib_of(found, "drafter's trainer", "update") == pytest.approx(4 * 5e8 / GIB)
+    more = gib_of(of("qwen2.5_7b", drafters=replace(drafters, trained_rows=1000)), "drafter's trainer", "rollout")
+    assert more == pytest.approx(4 * (5e8 + 1000 * 3584) / GIB)
 
 
 def test_what_does_not_fit_is_refused_with_the_phase_and_the_largest_part():

@@ -98,8 +98,6 @@ def check_spot(config: RunConfig) -> None:
         spec.hidden_states_mib,
         "room for its data",
     )
-    size = config.rollout.tensor_parallel_size
-    require(size == 1, f"{flag}: --rollout-tensor-parallel-size", size, "1: a rank trains alone")
     require(config.rollout.temperature > 0, f"{flag}: --rollout-temperature", config.rollout.temperature, "above 0")
     require(
         config.rollout.top_p == 1 and config.rollout.top_k == 0,

@@ -11,7 +11,7 @@ class SpotConfig:
     """Flags --spot-*: ranks whose replica is done train the drafter until the last replica is."""
 
     training: Literal["off", "on"] = "off"
-    """`on` needs --spec-drafter, --spec-hidden-states-mib and --rollout-tensor-parallel-size 1."""
+    """`on` needs --spec-drafter and --spec-hidden-states-mib."""
     lr: float = 3e-4
     """Learning rate of AdamW: the head is good already and follows the policy; --drafter-lr is for a head from
     nothing."""
@@ -25,16 +25,14 @@ class SpotConfig:
     held_out_every: int = 8
     """The responses of one prompt in so many are never trained on and judge new weights against those that draft."""
     judge_starts: int = 512
-    """Drafts of held-out responses, on each rank, after which no further response judges, the newest ones first: all
-    ranks wait for it."""
+    """Drafts of held-out responses that judge, on each rank that had a tail; on all, where these have too few."""
     min_steps: int = 1
     """Optimizer steps, over all ranks, below which nothing is published."""
     min_gain: float = 0.002
     """Share of the tokens of a verification that a training must gain, measured over the last ones, for idle ranks to
     train at every chance; below it they train every 2 to 8 policy versions, as fast as the head gets stale."""
     compare_first: Literal["off", "on"] = "off"
-    """Judge the head of --spec-drafter too, which nothing trains: `spot/first_score`, for half as much again of the
-    judging's time."""
+    """Judge the head of --spec-drafter too, which nothing trains: `spot/first_score`."""
 
     def __post_init__(self):
         require(self.lr > 0, "--spot-lr", self.lr, "above 0")

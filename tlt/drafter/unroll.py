@@ -58,8 +58,8 @@ def unroll(
 
 
 def embed(embedding: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """[T, H] float32, whatever dtype the target keeps its embedding in."""
-    return embedding[token_ids.to(embedding.device)].float()
+    """[T, H] float32 where the ids are, whatever dtype and device the target keeps its embedding in."""
+    return embedding[token_ids.to(embedding.device)].to(token_ids.device).float()
 
 
 class ChainAttention:

@@ -28,10 +28,8 @@ class EngineFootprint:
     token_pool: int
     """Hidden states and keys of drafters, a slot for each token of the KV cache."""
     drafter_weights: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.step + self.kv_cache + self.token_pool + self.drafter_weights
+    drafter_trainer: int
+    """fp32: a head's weights, their average, gradients and Adam's moments; output rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +41,10 @@ class Drafters:
     num_heads: int = 0
     states: Mapping[str, int]
     """Layers whose hidden states are kept of each token, by name (`SpecPlan.kept_states`)."""
+    trained_parameters: int = 0
+    """Of the head that idle ranks train."""
+    trained_rows: int = 0
+    """Of the output layer that it is trained with."""
 
 
 def engine_footprint(
@@ -69,6 +71,7 @@ def engine_footprint(
         kv_tokens=kv_tokens,
         token_pool=kv_tokens * pool_token_bytes(hf_config, drafters, item_bytes=item_bytes),
         drafter_weights=drafters.head_parameters * item_bytes,
+        drafter_trainer=FP32 * (5 * drafters.trained_parameters + drafters.trained_rows * hf_config["hidden_size"]),
     )
 
 

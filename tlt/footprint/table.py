@@ -145,6 +145,7 @@ def stage_rows(config: RunConfig, shards: policy.PolicyShards, found: Footprint,
         Row(name="engine's largest step", num_bytes=(0, engine.step, 0)),
         # Not vLLM's, so its sleep leaves them where they are.
         always("drafters: weights, states and keys of cached tokens", engine.drafter_weights + engine.token_pool),
+        always("drafter's trainer", engine.drafter_trainer),
         Row(name="gathered weights", num_bytes=(0, 0, gathered)),
         always("reserve (assumed)", RESERVE if on_gpu else 0),
     )

@@ -25,6 +25,7 @@ from tlt.rollout.vllm.graph_check import keep_one_schedule
 from tlt.rollout.vllm.requests import Requests
 from tlt.rollout.vllm.sampling import PositionSampler
 from tlt.rollout.vllm.speculation import SpecPlan, make_speculation
+from tlt.rollout.vllm.target_weights import EMBEDDING
 from tlt.spec.graph_plan import capture_sizes
 from tlt.spec.lossless import refuse_lossy
 from tlt.types import EngineStats, HiddenStateSample, Prompt, Rollout, RolloutGroup, SamplingConfig, rollout_name
@@ -39,7 +40,6 @@ OWNED = {
     "enable_sleep_mode", "enable_prefix_caching", "logprobs_mode", "disable_log_stats",
 }  # fmt: skip
 """Arguments of vLLM's engine that this file sets."""
-EMBEDDING = "model.embed_tokens.weight"
 SYNCS_PER_FULL_CHECK = 8
 """Each weight sync reads back the embedding and one weight in this many, another share each time."""
 
@@ -209,8 +209,11 @@ class VLLMRolloutEngine:
             self.speculation.finished(
                 output.request_id, [*prompt.token_ids, *rollout.token_ids],
                 num_prompt_tokens=len(prompt.token_ids), policy_version=self.policy_version,
-                # Greedy text is not what a drafter is trained for.
-                is_learned_from=sampling.temperature > 0 and sampling.is_learned_from,
+                # Greedy text is not what a drafter is trained for. The ranks of a replica have the same responses:
+                # each learns from a part of them.
+                is_learned_from=(
+                    sampling.temperature > 0 and sampling.is_learned_from and sample % self.tp_size == self.tp_rank
+                ),
             )  # fmt: skip
             finished[output.request_id] = rollout
             if self.is_replica_leader:
@@ -297,9 +300,7 @@ class VLLMRolloutEngine:
     def drafter_target(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(embedding [V, H], output rows [V_draft, H]) of the policy that the drafter works with, as they are now.
 
-        RuntimeError under tensor parallelism, where no rank has them whole."""
-        if self.tp_size > 1:
-            raise RuntimeError("the policy's embedding is spread over ranks")
+        RuntimeError unless the plan says that it is trained."""
         return self.speculation.drafter_target()
 
     def hidden_state_samples(self) -> list[HiddenStateSample]:
@@ -322,7 +323,7 @@ class VLLMRolloutEngine:
             for index, (name, tensor) in enumerate(named_tensors):
                 if name == EMBEDDING or (index + policy_version) % SYNCS_PER_FULL_CHECK == 0:
                     sample.update(self._own_parts(name, tensor))
-                self.speculation.renew_output(name, tensor)
+                self.speculation.renew_target(name, tensor)
                 yield name, tensor
 
         num_threads = torch.get_num_threads()

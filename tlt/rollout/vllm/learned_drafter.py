@@ -17,6 +17,7 @@ from tlt.drafter.model import EagleHead
 from tlt.rollout.vllm.head_passes import CpuPasses, TorchPasses
 from tlt.rollout.vllm.ledger import Proposal
 from tlt.rollout.vllm.paged_attention import CpuPagedAttention, FlashPagedAttention
+from tlt.rollout.vllm.target_weights import output_name
 from tlt.rollout.vllm.token_pool import TokenPool
 from tlt.spec.draft_kind import COUPLED, ONE_HOT, SAMPLED, KindChoice
 from tlt.spec.race import confidence, race_with_leads
@@ -316,11 +317,6 @@ class LearnedDrafter:
             coupled = [kind == COUPLED for kind in kinds]
             confidences[coupled] = confidence(leads[COUPLED], confidences[coupled])
         return (columns if ids is None else ids[columns]).cpu(), probs, confidences
-
-
-def output_name(model: Any) -> str:
-    """Hugging Face name of the weight that the target's logits are read out with."""
-    return "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
 
 
 def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,5 @@
 """All of an engine's speculation: what it drafts with, what is chosen for each step, and what is watched."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from tlt.config.spec import SpecConfig
 from tlt.drafter.buffer import HiddenStateBuffer
@@ -17,11 +15,12 @@ from tlt.drafter.history import SuffixHistory
 from tlt.drafter.model import EagleHead, load_head
 from tlt.drafter.router import SUFFIX, DraftRouter
 from tlt.rollout.vllm.drafting import Agree, Drafting, EngineDrafter, NoHiddenStates, request_name
-from tlt.rollout.vllm.learned_drafter import LearnedDrafter, output_name
+from tlt.rollout.vllm.learned_drafter import LearnedDrafter
 from tlt.rollout.vllm.ledger import DraftLedger, Proposal
 from tlt.rollout.vllm.lookup_drafter import LookupDrafter
 from tlt.rollout.vllm.routing import AdaptiveRouting
 from tlt.rollout.vllm.suffix_drafter import SuffixDrafter, compile_kernels
+from tlt.rollout.vllm.target_weights import EMBEDDING, WeightCopies, not_at_hand, output_name, read_weight
 from tlt.rollout.vllm.token_pool import TokenPool
 from tlt.spec.controller import Controller
 from tlt.spec.draft_kind import kind_choice
@@ -50,6 +49,8 @@ class SpecPlan:
     """Ranks of a replica."""
     aux_layers: tuple[int, ...] = ()
     """That the engine keeps hidden states of, besides the last one (tlt/drafter/aux_layers.py)."""
+    is_trained: bool = False
+    """Whether the first head goes on learning in this process."""
 
     @property
     def max_draft_tokens(self) -> int:
@@ -66,7 +67,9 @@ class SpecPlan:
         }  # fmt: skip
 
 
-def read_spec_plan(config: SpecConfig, *, target_config: dict, dtype: torch.dtype, tp_size: int) -> SpecPlan:
+def read_spec_plan(
+    config: SpecConfig, *, target_config: dict, dtype: torch.dtype, tp_size: int, is_trained: bool = False
+) -> SpecPlan:  # fmt: skip
     """Raises ValueError naming the flag. `target_config` is the policy's config.json."""
     policy, strategies = parse_policy(
         config.strategy, "--spec-strategy", max_running_requests=config.max_running_requests
@@ -95,7 +98,7 @@ def read_spec_plan(config: SpecConfig, *, target_config: dict, dtype: torch.dtyp
         raise ValueError(f"--spec-drafter: heads that read three layers must read the same ones, got {layers}")
     return SpecPlan(
         config=config, policy=policy, methods=methods, heads=heads, tp_size=tp_size,
-        aux_layers=layers[0] if layers else ()
+        aux_layers=layers[0] if layers else (), is_trained=is_trained,
     )  # fmt: skip
 
 
@@ -141,7 +144,7 @@ class NoSpeculation:
         """None are kept."""
         return []
 
-    def renew_output(self, name: str, tensor: torch.Tensor) -> None:
+    def renew_target(self, name: str, tensor: torch.Tensor) -> None:
         """No copies of the target's weights."""
 
     def report(self, stats: EngineStats) -> None:
@@ -162,6 +165,7 @@ class Speculation:
         self, plan: SpecPlan, runner: Any, scheduler: Any, *, agree: Agree, hf_model: str, history: SuffixHistory
     ):
         self.strategy = plan.config.strategy
+        self.is_trained = plan.is_trained
         self.runner = runner
         self.controller = Controller(plan.policy, agree=agree)
         self.on_step: Callable[[DecodeStep], None] = lambda step: None
@@ -193,6 +197,11 @@ class Speculation:
             if learned.head.draft_token_ids is not None:
                 name = output_name(runner.get_model())
                 learned.renew_output(name, read_weight(Path(hf_model), name))
+        missing: set[str] = set()
+        if plan.is_trained and self.learned is not None:
+            reads_output = self.learned.head.draft_token_ids is None
+            missing = not_at_hand(runner.get_model(), tp_size=plan.tp_size, reads_output=reads_output)
+        self.copies = WeightCopies(Path(hf_model), missing, dtype=runner.model_config.dtype)
         self.drafting = Drafting(
             runner, scheduler, drafters=drafters, ledger=self.ledger, pool=pool, agree=agree,
             max_draft_tokens=runner.num_spec_tokens,
@@ -296,8 +305,9 @@ class Speculation:
         self.watchdog.drafter_changed()
         self.router.drafter_changed(LEARNED)
 
-    def renew_output(self, name: str, tensor: torch.Tensor) -> None:
-        """A weight of the target was replaced; frozen copies of it follow."""
+    def renew_target(self, name: str, tensor: torch.Tensor) -> None:
+        """A weight of the target was replaced; copies of it follow."""
+        self.copies.renew(name, tensor)
         for learned in self.heads.values():
             learned.renew_output(name, tensor)
 
@@ -308,14 +318,21 @@ class Speculation:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.learned.head.named_parameters()}
 
     def drafter_target(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(embedding, output rows) that the head drafts with. RuntimeError where the rows are not at hand."""
+        """(embedding, output rows) that the head drafts with: the engine's memory or copies, the first perhaps on the
+        host. RuntimeError unless the engine was built for a head that is trained."""
+        if not self.is_trained or self.learned is None:
+            raise RuntimeError("the engine was not built for a head that is trained")
+        embedding, output = (self._target_weight(name) for name in (EMBEDDING, output_name(self.runner.get_model())))
+        rows = output if self.learned.output_weight is None else self.learned.output_weight
+        return embedding, rows.to(self.runner.device)
+
+    def _target_weight(self, name: str) -> torch.Tensor:
+        """[V, H] under a Hugging Face name."""
+        if name in self.copies.tensors:
+            return self.copies.tensors[name]
         model = self.runner.get_model()
-        embedding = model.model.embed_tokens.weight
-        if self.learned is not None and self.learned.output_weight is not None:
-            return embedding, self.learned.output_weight
-        if self.learned is None or not model.config.tie_word_embeddings:
-            raise RuntimeError("a head that drafts all tokens of an untied output layer has no rows at hand")
-        return embedding, embedding
+        layer = model.model.embed_tokens if name == EMBEDDING else model.lm_head
+        return layer.weight[: model.config.vocab_size]  # vLLM pads the vocabulary
 
     def hidden_state_samples(self) -> list[HiddenStateSample]:
         """Of finished responses, oldest first."""
@@ -377,11 +394,3 @@ def capture_again(runner: Any) -> None:
     runner.model.graph_pool = torch.cuda.graph_pool_handle()  # that of graphs which are gone takes no new ones
     with set_current_vllm_config(runner.vllm_config):
         runner.capture_model()
-
-
-def read_weight(folder: Path, name: str) -> torch.Tensor:
-    """One tensor of a Hugging Face directory."""
-    index = folder / "model.safetensors.index.json"
-    file = json.loads(index.read_text())["weight_map"][name] if index.is_file() else "model.safetensors"
-    with safe_open(folder / file, framework="pt") as tensors:
-        return tensors.get_tensor(name)
