@@ -18,7 +18,7 @@ INITIAL_SEED = 1234
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """This rank's place, and the agreements of all ranks (host data only, over gloo)."""
+    """This rank's place, and the agreements of all ranks (host data over gloo)."""
 
     rank: int
     world_size: int
@@ -44,10 +44,14 @@ class Parallel:
         return values
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over all ranks of a tensor on the CPU. Collective over all ranks; all must call."""
+        """Sum over all ranks of a tensor. Collective over all ranks; all must call."""
         total = values.clone()
-        dist.all_reduce(total, group=self.control_group)
+        self.sum_in_place(total)
         return total
+
+    def sum_in_place(self, values: torch.Tensor) -> None:
+        """A tensor becomes its sum over all ranks; on a GPU over NCCL. Collective over all ranks; all must call."""
+        dist.all_reduce(values, group=self.control_group if values.device.type == "cpu" else None)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Collective over all ranks; all must call."""

@@ -9,6 +9,7 @@ import torch
 from tlt.types import (
     EngineStats,
     HiddenStateSample,
+    Piece,
     Prompt,
     Rollout,
     RolloutGroup,
@@ -139,17 +140,17 @@ class DrafterLearner(Protocol):
         """Until `should_stop()`, asked after every micro-step; `on_step` after each optimizer step."""
 
     def average(
-        self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+        self, sum_in_place: Callable[[torch.Tensor], None],
         gather: Callable[[list[int]], list[list[int]]], *, weight: float,
     ) -> None:  # fmt: skip
         """Weights and optimizer become the mean over ranks, their counters the largest. Collective over all ranks."""
 
-    def scores(self, samples: Sequence[HiddenStateSample], *, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[R, 3] float64 of each response, sums over its drafts: of the live weights, of those to be published; number
-        of drafts."""
-
-    def score(self, samples: Sequence[HiddenStateSample], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[R, 2] float64 of each response: the sum over its drafts of these weights' score, and their number."""
+    def score(
+        self, pieces: Sequence[Piece], tensors: Mapping[str, torch.Tensor], *,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """[P] float64: the sum over each piece's drafts of these weights' score; of the first pieces only, where told
+        to stop."""
 
     def published(self) -> dict[str, torch.Tensor]:
         """Weights to draft with."""

@@ -95,6 +95,20 @@ class HiddenStateSample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Starts first, ..., end - 1 of one sample. Pieces of a sample need not be trained together: gradients add up."""
+
+    sample: HiddenStateSample
+    first: int
+    end: int
+    weights: torch.Tensor | None = None  # [S] of the loss by the position that a draft is read at; None: all 1
+
+    @property
+    def num_starts(self) -> int:
+        return self.end - self.first
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One response of a prompt, as the engine sampled it."""
 

@@ -32,6 +32,9 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def sum_in_place(self, values: torch.Tensor) -> None:
+        dist.all_reduce(values)
+
     def all_gather_objects(self, value):
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
@@ -57,6 +60,7 @@ class Counting:
         self.step_s = step_s
         self.fails_at = fails_at
         self.num_steps = 0
+        self.num_judging = 0
         self.begins_s: list[float] = []
 
     def train(self, samples, *, should_stop, on_step) -> None:
@@ -70,14 +74,13 @@ class Counting:
             self.value += self.by
             on_step()
 
-    def average(self, sum_over_ranks, gather, *, weight: float) -> None:
-        self.value = sum_over_ranks(self.value * weight if weight > 0 else torch.zeros(1))
+    def average(self, sum_in_place, gather, *, weight: float) -> None:
+        self.value = self.value * weight if weight > 0 else torch.zeros(1)
+        sum_in_place(self.value)
 
-    def scores(self, samples, *, live) -> torch.Tensor:
-        return torch.tensor([[float(live["value"]), float(self.value), 1.0]], dtype=torch.float64)
-
-    def score(self, samples, tensors) -> torch.Tensor:
-        return torch.tensor([[float(tensors["value"]), 1.0]], dtype=torch.float64)
+    def score(self, pieces, tensors, *, should_stop=None) -> torch.Tensor:
+        self.num_judging += len(pieces)
+        return torch.tensor([float(tensors["value"]) * piece.num_starts for piece in pieces], dtype=torch.float64)
 
     def published(self) -> dict:
         return {"value": self.value.clone()}
@@ -125,7 +128,9 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
     store = dist.PrefixStore(case, dist.distributed_c10d._get_default_store())
     spot = SpotTraining(
         learner, engine, TimedBoard(store, rank=rank, world_size=world_size), world,
-        config=SpotConfig(max_age=9, compare_first="on"), is_stopped=lambda: stopped["now"], trace=NoTrace(),
+        config=SpotConfig(
+            max_age=9, held_out_every=2, compare_first="on", judge_starts=1 if case == "idle" else 512
+        ), is_stopped=lambda: stopped["now"], trace=NoTrace(),
     )  # fmt: skip
     for rollout in range(3):
         dist.barrier()
@@ -154,6 +159,8 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
             assert metrics["spot/published"] == 1
             assert engine.drafter_version == rollout + 1
             assert metrics["spot/first_score"] == 0 < metrics["spot/candidate_score"]
+            has_judged = case != "idle" or rank < world_size - 1
+            assert (learner.num_judging > 0) == has_judged, "the last rank is asked where others lack judges"
             assert metrics["spot/steps"] == (sum(steps) if case != "fails" else sum(steps[1:]))
         if case == "worse":
             assert metrics["spot/steps"] > 0 > metrics["spot/gain"]

@@ -43,7 +43,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "report": {"timeline"},
     "workload": set(),
     "spec": BASE,
-    "spot": BASE | {"parallel", "protocols", "trace"},
+    "spot": BASE | {"drafter", "parallel", "protocols", "trace"},
     "drafter": BASE | {"disk", "spec"},
     "sft": BASE | {
         "data", "heartbeat", "interrupt", "metrics", "parallel", "policy", "progress", "run_state", "trace",

@@ -24,12 +24,12 @@ from tests.unit.drafter_cases import (
 )  # fmt: skip
 from tlt.config import DrafterConfig
 from tlt.drafter import trainer
-from tlt.drafter.batch import Piece, cut, micro_batches, pack, shuffled_steps, starts_of, whole
+from tlt.drafter.batch import cut, micro_batches, pack, shuffled_steps, starts_of, whole
 from tlt.drafter.losses import LossWeights, drafter_loss, target_distribution
 from tlt.drafter.trainer import MIN_MICRO_STEP_STARTS, Target
 from tlt.drafter.unroll import unroll
 from tlt.drafter.vocabulary import draft_vocabulary
-from tlt.types import HiddenStateSample
+from tlt.types import HiddenStateSample, Piece
 
 
 def test_a_start_has_its_hidden_state_the_next_token_and_the_next_hidden_state():

@@ -13,12 +13,13 @@ import torch
 from tests.unit.drafter_cases import make_sample, make_target, make_trainer
 from tlt.config import DrafterConfig, SpotConfig
 from tlt.drafter import trainer
-from tlt.drafter.batch import whole
+from tlt.drafter.batch import cut, stretches, whole
 from tlt.drafter.buffer import HiddenStateBuffer
 from tlt.drafter.learner import HeadLearner
 from tlt.spot.board import TailBoard
+from tlt.spot.judgement import NO_JUDGES, Judges
 from tlt.spot.rank_state import TRANSITIONS, Event, Rank, RankState
-from tlt.spot.training import SpotTraining, is_held_out, newest
+from tlt.spot.training import SpotTraining, is_held_out
 from tlt.trace import NoTrace
 from tlt.types import prompt_id_of, rollout_name
 
@@ -83,12 +84,15 @@ class Watched:
         self.trained += samples
         on_step()
 
-    def average(self, sum_over_ranks, gather, *, weight: float) -> None:
+    def average(self, sum_in_place, gather, *, weight: float) -> None:
         """One rank is its own mean."""
 
-    def scores(self, samples, *, live) -> torch.Tensor:
-        self.judged += samples
-        return torch.zeros(0, 3, dtype=torch.float64)
+    def score(self, pieces, tensors, *, should_stop=None) -> torch.Tensor:
+        self.judged += [piece.sample for piece in pieces]
+        return torch.zeros(len(pieces), dtype=torch.float64)
+
+    def published(self) -> dict:
+        return {}
 
 
 class Engine:
@@ -130,6 +134,9 @@ class Alone:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
+
+    def sum_in_place(self, values: torch.Tensor) -> None:
+        """Of one rank."""
 
     def all_gather_objects(self, value) -> list:
         return [value]
@@ -182,6 +189,7 @@ def make_learner(seed: int = 1, *, embedding: torch.Tensor | None = None) -> Hea
 
 
 SAMPLES = [make_sample(14, 3, seed=seed) for seed in range(6)]
+PIECES = [whole(sample) for sample in SAMPLES]
 
 
 def trained(num_steps: int, seed: int = 1) -> HeadLearner:
@@ -204,15 +212,16 @@ def shared_by(learner: HeadLearner) -> list[torch.Tensor]:
 
 def meet(learners: list[HeadLearner], weights: list[float]) -> None:
     """As on ranks of their own; first each one's part is made, then all get the sum."""
-    parts: list[torch.Tensor] = []
+    parts: list[list[torch.Tensor]] = [[] for _ in learners]
     counts: list[list[int]] = []
-    copies = copy.deepcopy(learners)
-    for learner, weight in zip(copies, weights, strict=True):
+    for own, learner, weight in zip(parts, copy.deepcopy(learners), weights, strict=True):
         learner.average(
-            lambda flat: (parts.append(flat), flat)[1], lambda own: (counts.append(own), [own])[1], weight=weight
+            lambda tensor, own=own: own.append(tensor.clone()), lambda own: (counts.append(own), [own])[1],
+            weight=weight,
         )  # fmt: skip
     for learner, weight in zip(learners, weights, strict=True):
-        learner.average(lambda flat: sum(parts), lambda own: counts, weight=weight)
+        sums = map(sum, zip(*parts, strict=True))
+        learner.average(lambda tensor, sums=sums: tensor.copy_(next(sums)), lambda own: counts, weight=weight)
 
 
 def test_weights_and_optimizers_become_the_mean_of_the_ranks_by_their_steps():
@@ -260,20 +269,27 @@ def test_the_average_of_a_head_that_drafts_holds_on_to_it():
 def test_a_score_is_the_expected_number_of_accepted_tokens_and_rises_with_training():
     learner = make_learner()
     live = learner.published()
-    same = learner.scores(SAMPLES, live=live).sum(0)
-    assert float(same[0]) == pytest.approx(float(same[1]))
-    assert len(learner.scores(SAMPLES, live=live)) == len(SAMPLES)
-    assert int(same[2]) == sum(len(sample.token_ids) - 2 - (sample.num_prompt_tokens - 1) for sample in SAMPLES)
-    assert 0 < float(same[0] / same[2]) < learner.trainer.config.num_depths
-    one_by_one = torch.cat([learner.scores([sample], live=live) for sample in SAMPLES])
-    torch.testing.assert_close(learner.scores(SAMPLES, live=live), one_by_one, rtol=1e-5, atol=1e-5)
+    found = learner.score(PIECES, live)
+    assert len(found) == len(PIECES)
+    assert 0 < float(found.sum()) / sum(piece.num_starts for piece in PIECES) < learner.trainer.config.num_depths
+    one_by_one = torch.cat([learner.score([piece], live) for piece in PIECES])
+    torch.testing.assert_close(found, one_by_one, rtol=1e-5, atol=1e-5)
+    parts = torch.stack([learner.score(cut(piece, 4), live).sum() for piece in PIECES])
+    torch.testing.assert_close(found, parts, rtol=1e-5, atol=1e-5)
     better = trained(60)
-    found = better.scores(SAMPLES, live=live).sum(0)
-    assert float(found[0]) == pytest.approx(float(same[0]), rel=1e-4)
-    assert float(found[1]) > 1.1 * float(found[0])
     before = {name: parameter.detach().clone() for name, parameter in better.trainer.parameters.items()}
-    better.scores(SAMPLES, live=live)
+    torch.testing.assert_close(better.score(PIECES, live), found, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(before[name], p.detach()) for name, p in better.trainer.parameters.items())
+    assert float(better.score(PIECES, better.published()).sum()) > 1.1 * float(found.sum())
+
+
+def test_scoring_that_is_stopped_gives_the_first_scores():
+    learner, answers = make_learner(), [False, False, True]
+    learner.trainer.micro_step_starts = 20  # two responses of ten drafts each
+    found = learner.score(PIECES, learner.published(), should_stop=lambda: answers.pop(0))
+    assert not answers
+    torch.testing.assert_close(found, learner.score(PIECES, learner.published())[:4], rtol=1e-5, atol=1e-5)
+    assert len(learner.score([], learner.published(), should_stop=lambda: pytest.fail("nothing to stop"))) == 0
 
 
 def test_a_policy_in_bfloat16_is_judged_as_one_in_float32(monkeypatch):
@@ -282,8 +298,8 @@ def test_a_policy_in_bfloat16_is_judged_as_one_in_float32(monkeypatch):
     half, full = make_learner(embedding=rounded), make_learner(embedding=rounded.float())
     assert half.trainer.dtype == torch.bfloat16
     assert full.trainer.dtype == torch.float32
-    expected = full.score(SAMPLES, full.published())
-    found = half.score(SAMPLES, full.published())
+    expected = full.score(PIECES, full.published())
+    found = half.score(PIECES, full.published())
     assert not torch.equal(found, expected), "or it was not bfloat16"
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
 
@@ -304,9 +320,33 @@ def test_half_of_a_step_is_made_when_the_tail_ends(num_questions, num_steps):
     assert len(steps) == learner.trainer.num_steps == num_steps
 
 
-def test_the_newest_held_out_responses_judge_until_they_have_enough_drafts():
-    samples = [make_sample(length, 3, seed=length) for length in (30, 10, 20, 12)]
-    assert newest(samples, num_starts=8) == samples[3:], "8 drafts begin in the last one"
-    assert newest(samples, num_starts=9) == samples[2:]
-    assert newest(samples, num_starts=10_000) == samples
-    assert newest([], num_starts=5) == []
+def test_stretches_of_all_responses_judge_the_newest_policy_first():
+    samples = [replace(make_sample(100, 3, seed=seed), policy_version=seed // 4) for seed in range(8)]  # of 96 drafts
+    everything = stretches(samples, size=8, num_starts=10_000, seed=0)
+    assert len(everything) == 8 * 12
+    starts = {(piece.sample.request_id, start) for piece in everything for start in range(piece.first, piece.end)}
+    assert len(starts) == sum(piece.num_starts for piece in everything) == sum(each.num_starts for each in samples)
+    found = stretches(samples, size=8, num_starts=200, seed=0)
+    assert found == everything[: len(found)]
+    assert 200 <= sum(piece.num_starts for piece in found) < 208
+    assert {piece.sample.policy_version for piece in found} == {1}
+    assert {piece.sample.request_id for piece in found} == {each.request_id for each in samples[4:]}
+    assert {piece.first // 50 for piece in found} == {0, 1}, "from anywhere in them"
+    assert {piece.sample.policy_version for piece in stretches(samples, size=8, num_starts=400, seed=0)} == {0, 1}
+    other = stretches(samples, size=8, num_starts=200, seed=1)
+    assert [(each.sample.request_id, each.first) for each in other] != [
+        (each.sample.request_id, each.first) for each in found
+    ]
+    assert stretches([make_sample(3, 3, seed=0)], size=8, num_starts=5, seed=0) == []
+
+
+def test_a_response_judges_once_by_all_of_its_stretches():
+    first, second = make_sample(30, 3, seed=1), make_sample(12, 3, seed=2)
+    pieces = (*cut(whole(first), 10)[:2], whole(second), cut(whole(first), 10)[2])
+    judges = Judges(
+        pieces=pieces, live=torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), first=torch.zeros(0), drafter_version=0
+    )
+    found = judges.scores(torch.tensor([5.0, 6.0, 7.0, 8.0]).double())
+    assert found.tolist() == [[7, 19, 26], [3, 7, 8]]
+    assert judges.num_starts == 34
+    assert NO_JUDGES.scores(torch.zeros(0)).shape == (0, 3)

@@ -13,21 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tlt.types import LAST, HiddenStateSample
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Starts first, ..., end - 1 of one sample. Pieces of a sample need not be trained together: gradients add up."""
-
-    sample: HiddenStateSample
-    first: int
-    end: int
-    weights: torch.Tensor | None = None  # [S] of the loss by the position that a draft is read at; None: all 1
-
-    @property
-    def num_starts(self) -> int:
-        return self.end - self.first
+from tlt.types import LAST, HiddenStateSample, Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +53,21 @@ def cut(piece: Piece, max_starts: int) -> list[Piece]:
     num = -(-piece.num_starts // max_starts)
     edges = [piece.first + piece.num_starts * index // max(num, 1) for index in range(num + 1)]
     return [replace(piece, first=first, end=end) for first, end in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def stretches(samples: Sequence[HiddenStateSample], *, size: int, num_starts: int, seed: int) -> list[Piece]:
+    """Pieces of at most `size` starts that have `num_starts` together, or all there are: of newer policies first, else
+    drawn by `seed`, from anywhere in any of the samples alike."""
+    pieces = [piece for sample in samples for piece in cut(whole(sample), size)]
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
+    order.sort(key=lambda index: -pieces[index].sample.policy_version)
+    found: list[Piece] = []
+    for index in order:
+        if num_starts <= 0:
+            break
+        found.append(pieces[index])
+        num_starts -= pieces[index].num_starts
+    return found
 
 
 def pack(

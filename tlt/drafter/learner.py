@@ -5,15 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from tlt.config.drafter import DrafterConfig
-from tlt.drafter.batch import Piece, micro_batches, pack, whole
+from tlt.drafter.batch import micro_batches, pack, whole
 from tlt.drafter.losses import readout, target_distribution
 from tlt.drafter.model import EagleHead
 from tlt.drafter.trainer import DrafterTrainer, Target, take_over
 from tlt.drafter.unroll import unroll
-from tlt.types import HiddenStateSample
+from tlt.types import HiddenStateSample, Piece
 
 STARTS_PER_PACK = 512
-"""Judged together, where a response has not more: a pass over few rows costs nearly what one over many does."""
+"""Judged together where ranks wait for it: a pass over few rows costs nearly what one over many does."""
 
 LEAST_FRAC = 0.5
 """Of an optimizer step's starts that it is made of where no more were gathered when the tail ended: a tail has few
@@ -40,7 +40,7 @@ class HeadLearner:
         embedding, output_weight = self.target()
         # An engine's tensors are inference tensors, which autograd may not keep: the rows are copied.
         return Target(
-            embedding=embedding, output_weight=output_weight.float().clone(), temperature=self.temperature
+            embedding=embedding, output_weight=output_weight.to(torch.float32, copy=True), temperature=self.temperature
         )  # fmt: skip
 
     def train(
@@ -59,55 +59,54 @@ class HeadLearner:
 
     @torch.no_grad()
     def average(
-        self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+        self, sum_in_place: Callable[[torch.Tensor], None],
         gather: Callable[[list[int]], list[list[int]]], *, weight: float,
     ) -> None:  # fmt: skip
         """Weights, their running average and Adam's moments become the mean over ranks; this rank's count `weight`,
         all together 1. Steps are counted on from the most that any of them made: whoever trains next goes on with a
         warm optimizer. What is trained on changes, so the pass is over.
 
-        Collective over the ranks that `sum_over_ranks` sums over and `gather` hears.
+        Collective over the ranks that `sum_in_place` sums over and `gather` hears.
         """
         trainer = self.trainer
-        tensors = [*trainer.parameters.values(), *trainer.average.values(), *trainer.moments()]
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        # A rank that counts for nothing may hold anything, NaN included.
-        flat = flat * weight if weight > 0 else torch.zeros_like(flat)
-        for tensor, mean in zip(
-            tensors, sum_over_ranks(flat.cpu()).split([tensor.numel() for tensor in tensors]), strict=True
-        ):
-            tensor.copy_(mean.view_as(tensor))
+        # One after another, where they are: a copy of all takes longer than their way between ranks.
+        for tensor in (*trainer.parameters.values(), *trainer.average.values(), *trainer.moments()):
+            if weight > 0:
+                tensor.mul_(weight)
+            else:
+                tensor.zero_()  # a rank that counts for nothing may hold anything, NaN included
+            sum_in_place(tensor.detach())
         counts = [trainer.num_steps, trainer.num_passes] if weight > 0 else [0, 0]
         num_steps, num_passes = map(max, zip(*gather(counts), strict=True))
         trainer.set_steps(num_steps, num_passes=num_passes + 1)
 
-    def scores(self, samples: Sequence[HiddenStateSample], *, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[R, 3] float64, of each response that is long enough: accepted tokens that drafts of the live weights, and
-        of those that would be published, are expected to have (`score`); number of drafts."""
-        return torch.cat([self.score(samples, live)[:, :1], self.score(samples, self.published())], dim=1)
-
     @torch.no_grad()
-    def score(self, samples: Sequence[HiddenStateSample], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[R, 2] float64, of each response that is long enough: accepted tokens that sampled drafts of these weights
-        are expected to have, summed over drafts (the sum over depths of the product of 1 - TV(p, q)); number of
-        drafts."""
-        pieces = [piece for piece in map(whole, samples) if piece.num_starts > 0]
+    def score(
+        self, pieces: Sequence[Piece], tensors: Mapping[str, torch.Tensor], *,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """[P] float64: accepted tokens that sampled drafts of these weights are expected to have, summed over the
+        drafts that begin at each piece's starts (the sum over depths of the product of 1 - TV(p, q)).
+
+        `should_stop` is asked before about as many starts each time as a micro-step has; if it says so, only the first
+        pieces are scored.
+        """
         if not pieces:
-            return torch.zeros(0, 2, dtype=torch.float64)
+            return torch.zeros(0, dtype=torch.float64)
+        size = STARTS_PER_PACK if should_stop is None else self.trainer.micro_step_starts
         self.trainer.renew_target(self._target())
         own = {name: parameter.clone() for name, parameter in self.trainer.parameters.items()}
         take_over(self.trainer.parameters, tensors)
-        expected = self._expected(pieces)
+        expected: list[float] = []
+        for each in micro_batches(pieces, max(size, *(piece.num_starts for piece in pieces))):  # none is cut
+            if should_stop is not None and should_stop():
+                break
+            expected += self._expected_of_pack(each)
         take_over(self.trainer.parameters, own)
-        return torch.tensor([expected, [piece.num_starts for piece in pieces]], dtype=torch.float64).T
-
-    def _expected(self, pieces: Sequence[Piece]) -> list[float]:
-        """Expected accepted tokens of drafts of the present weights that begin at each piece's starts."""
-        largest = max(piece.num_starts for piece in pieces)
-        packs = micro_batches(pieces, max(STARTS_PER_PACK, largest))  # none is cut
-        return [expected for each in packs for expected in self._expected_of_pack(each)]
+        return torch.tensor(expected, dtype=torch.float64)
 
     def _expected_of_pack(self, pieces: Sequence[Piece]) -> list[float]:
+        """Of drafts of the present weights that begin at each piece's starts."""
         target, num_depths = self.trainer.target, self.trainer.config.num_depths
         reads = self.trainer.head.reads
         batch = pack(pieces, num_depths=num_depths, reads=reads, device=target.output_weight.device)

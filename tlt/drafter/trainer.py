@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from tlt.config.drafter import DrafterConfig
-from tlt.drafter.batch import DrafterBatch, Piece, micro_batches, pack, shuffled_steps
+from tlt.drafter.batch import DrafterBatch, micro_batches, pack, shuffled_steps
 from tlt.drafter.losses import LossWeights, drafter_loss, target_distribution
 from tlt.drafter.model import EagleHead
 from tlt.drafter.unroll import Depth, unroll
+from tlt.types import Piece
 
 FIRST_MICRO_STEP_STARTS = 128
 """Until the first micro-step was timed."""

@@ -2,9 +2,12 @@
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from tlt.types import Piece
 
 ONCE_IN_FORTY = {
     1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23, 12: 2.18, 15: 2.13,
@@ -51,6 +54,38 @@ class Judgement:
     def frac(self, value: float) -> float:
         """A difference of scores as a share of the tokens that one verification gives now."""
         return value / (1 + self.live)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """P stretches of held-out text on one rank, and what the weights that draft now are worth there."""
+
+    pieces: Sequence[Piece]
+    live: torch.Tensor
+    """[P] expected accepted tokens, summed over a piece's drafts."""
+    first: torch.Tensor
+    """[P] of the head that the run was given; [0] where no one asks for it."""
+    drafter_version: int
+
+    @property
+    def num_starts(self) -> int:
+        """Drafts."""
+        return sum(piece.num_starts for piece in self.pieces)
+
+    def scores(self, candidate: torch.Tensor) -> torch.Tensor:
+        """[R, 3] float64 of each response: the scores of live weights and of others, given as [P]; drafts."""
+        names = [piece.sample.request_id for piece in self.pieces]
+        rows = {name: row for row, name in enumerate(dict.fromkeys(names))}
+        drafts = torch.tensor([piece.num_starts for piece in self.pieces], dtype=torch.float64)
+        index = torch.tensor([rows[name] for name in names], dtype=torch.int64)
+        columns = torch.stack([self.live, candidate, drafts], dim=1)
+        return torch.zeros(len(rows), 3, dtype=torch.float64).index_add_(0, index, columns)
+
+
+NO_JUDGES = Judges(
+    pieces=(), live=torch.zeros(0, dtype=torch.float64), first=torch.zeros(0, dtype=torch.float64), drafter_version=-1
+)
+"""A rank that has none."""
 
 
 def judgement_sums(scores: torch.Tensor) -> torch.Tensor:

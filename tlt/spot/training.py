@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from tlt.config import SpotConfig
+from tlt.drafter.batch import stretches
 from tlt.parallel import Parallel
 from tlt.protocols import DrafterLearner, RolloutEngine
 from tlt.spot.board import TailBoard
-from tlt.spot.judgement import judgement, judgement_sums
+from tlt.spot.judgement import NO_JUDGES, Judges, judgement, judgement_sums
 from tlt.spot.opportunity import GainRecord, SwitchCost
 from tlt.spot.rank_state import Event, Rank, RankState
 from tlt.trace import Trace
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.05
 """Seconds between two looks at the board of an idle rank that finds the tail too short."""
+STRETCH = 32
+"""Drafts that judge next to each other: neighbours say much the same, and each stretch needs the keys before it."""
 
 
 class NoSpotTraining:
@@ -50,17 +53,6 @@ class NoSpotTraining:
 
     def load_state_dict(self, state: Mapping) -> None:
         """The head of --spec-drafter drafts, whatever a run before made of it."""
-
-
-def newest(samples: Sequence[HiddenStateSample], *, num_starts: int) -> list[HiddenStateSample]:
-    """The last of the samples, whole, as many as it takes for so many drafts; all where they have fewer."""
-    found: list[HiddenStateSample] = []
-    for sample in reversed(samples):
-        if num_starts <= 0:
-            break
-        found.append(sample)
-        num_starts -= sample.num_starts
-    return found[::-1]
 
 
 def is_held_out(sample: HiddenStateSample, *, every: int) -> bool:
@@ -95,12 +87,15 @@ class SpotTraining:
         self.meeting_s = 0.0
         """Seconds of the last meeting that averaged; 0 before the first."""
         self.begin_s = 0.0
+        self.judges = NO_JUDGES
+        """Of this rank, at the next meeting."""
         self.first = engine.drafter_tensors() if config.compare_first == "on" else None
         """Weights of the head that the run was given."""
 
     def begin(self) -> None:
         """A rollout of the world begins."""
         self.begin_s = time.perf_counter()
+        self.judges = NO_JUDGES
         self.rank.on(Event.NEXT_ROLLOUT)
         self.board.begin()
 
@@ -152,12 +147,14 @@ class SpotTraining:
 
         try:
             with self.trace.span("spot_training", num_samples=len(samples)):
+                self.judges = self._judges(should_stop=self._is_over)
                 self.learner.train(samples, should_stop=self._is_over, on_step=count)
         except Exception:
             # The one place where a failure is survived: speculation is never needed for a right result.
             logger.exception("training of the drafter failed on rank %d; it goes on without", self.parallel.rank)
             self.has_failed = True
             self.num_steps = 0
+            self.judges = NO_JUDGES
         if self.num_steps == num_before:
             self.switch.observe_none(time.perf_counter() - begin_s)
         self.rank.on(Event.TRAINER_RAISED if self.has_failed else Event.TRAINING_ENDED)
@@ -172,6 +169,24 @@ class SpotTraining:
             if sample.policy_version >= oldest and is_held_out(sample, every=every) == are_held_out
         ]  # fmt: skip
 
+    def _judges(self, *, should_stop: Callable[[], bool] | None = None) -> Judges:
+        """Stretches of what no head was trained on, with the scores of the weights that draft; those that were scored
+        before `should_stop()`."""
+        held_out = self._samples(self.engine.hidden_state_samples(), are_held_out=True)
+        pieces = stretches(
+            held_out, size=STRETCH, num_starts=self.config.judge_starts, seed=self.engine.policy_version
+        )  # fmt: skip
+        if not pieces:
+            return NO_JUDGES
+        live = self.learner.score(pieces, self.engine.drafter_tensors(), should_stop=should_stop)
+        first = live[:0]
+        if self.first is not None:
+            first = self.learner.score(pieces[: len(live)], self.first, should_stop=should_stop)
+            live = live[: len(first)]
+        return Judges(
+            pieces=pieces[: len(live)], live=live, first=first, drafter_version=self.engine.drafter_version
+        )  # fmt: skip
+
     def _is_over(self) -> bool:
         return self.board.all_ended() or self.is_stopped()
 
@@ -182,9 +197,11 @@ class SpotTraining:
         assert self.rank.state is RankState.BACK, "the rank still trains"
         self._agree_on_live()
         rollout_s = time.perf_counter() - self.begin_s
-        own = [self.num_steps, self.has_failed, self.train_s, self.meeting_s, rollout_s]
+        if self.judges.drafter_version != self.engine.drafter_version:
+            self.judges = NO_JUDGES
+        own = [self.num_steps, self.has_failed, self.train_s, self.meeting_s, rollout_s, self.judges.num_starts]
         total = self.parallel.sum(torch.tensor([float(value) for value in own], dtype=torch.float64))
-        num_steps, num_failed, train_s, meeting_s, rollout_s = total.tolist()  # the same on all ranks
+        num_steps, num_failed, train_s, meeting_s, rollout_s, num_starts = total.tolist()  # the same on all ranks
         metrics = {
             "spot/steps": num_steps, "spot/failed_ranks": num_failed, "spot/published": 0.0,
             "spot/due": float(self.gains.is_due(self.engine.policy_version)),
@@ -193,7 +210,10 @@ class SpotTraining:
             return metrics
         begin_s = time.perf_counter()
         with self.trace.span("spot_publish"):
-            metrics |= self._meet(num_steps, train_s, cost_frac=meeting_s / rollout_s if meeting_s > 0 else None)
+            metrics |= self._meet(
+                num_steps, train_s, cost_frac=meeting_s / rollout_s if meeting_s > 0 else None,
+                are_enough=num_starts >= self.config.judge_starts,
+            )  # fmt: skip
         self.meeting_s = time.perf_counter() - begin_s
         self.num_steps, self.train_s = 0, 0.0
         return metrics
@@ -216,31 +236,35 @@ class SpotTraining:
         self.gains.withdrawn()
         logger.warning("a drafter was withdrawn by %d of %d ranks, now by all", versions.count(highest), len(versions))
 
-    def _meet(self, num_steps: float, train_s: float, *, cost_frac: float | None) -> dict[str, float]:
-        """Average, judge and load; the sums are those of all ranks."""
+    def _meet(
+        self, num_steps: float, train_s: float, *, cost_frac: float | None, are_enough: bool
+    ) -> dict[str, float]:  # fmt: skip
+        """Average, judge and load; the sums are those of all ranks. Those judge who had time for it in their tail, and
+        unless these are enough, all."""
         self.learner.average(
-            self.parallel.sum, self.parallel.all_gather_objects, weight=self.num_steps / num_steps
+            self.parallel.sum_in_place, self.parallel.all_gather_objects, weight=self.num_steps / num_steps
         )  # fmt: skip
-        held_out = self._samples(self.engine.hidden_state_samples(), are_held_out=True)
-        judges = newest(held_out, num_starts=self.config.judge_starts)
-        live = self.engine.drafter_tensors()
-        scores = self.learner.scores(judges, live=live)
+        if not (are_enough or self.judges.num_starts):
+            self.judges = self._judges()
+        candidate = self.learner.published()
+        scores = self.judges.scores(self.learner.score(self.judges.pieces, candidate))
         judged = judgement(self.parallel.sum(judgement_sums(scores)))
         if judged is None:
             return {}
         version = self.engine.policy_version
         metrics = self.gains.count(judged, policy_version=version, cost_frac=cost_frac, num_steps=num_steps)
         if self.first is not None:
-            expected, drafts = self.parallel.sum(self.learner.score(judges, self.first).sum(0)).tolist()
+            own = torch.stack([self.judges.first.sum(), scores[:, 2].sum()])
+            expected, drafts = self.parallel.sum(own).tolist()
             metrics["spot/first_score"] = expected / drafts
         if train_s > 0:
             metrics["spot/gain_per_idle_s"] = metrics["spot/added_gain"] / train_s
         if judged.is_better:
-            self.engine.load_drafter(self.learner.published(), drafter_version=self.engine.drafter_version + 1)
+            self.engine.load_drafter(candidate, drafter_version=self.engine.drafter_version + 1)
             self.gains.published(judged, policy_version=version)
             metrics["spot/published"] = 1.0
         elif judged.is_worse:
-            self.learner.begin_from(live)  # a training that went wrong is not gone on with
+            self.learner.begin_from(self.engine.drafter_tensors())  # a training that went wrong is not gone on with
             self.gains.begun_anew()
         return metrics
 
