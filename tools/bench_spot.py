@@ -7,6 +7,8 @@ the same ones with the same seeds in each mode, in an order that rotates; all mo
 `off`: idle ranks wait, no hidden state is kept. `on`: idle ranks train, ranks meet, average and judge. `bystander`: a
 process of its own on the idle rank's core trains the same head on the same kind of samples until the rollout's end,
 and neither is asked nor waited for: what the rollout loses to it, it loses to the machine's shared memory and cores.
+`turns`: in one and the same tail the idle rank trains, lets its bystander train, and rests, a second or so each; the
+engine steps of decoding ranks in neighbouring turns are compared, which the machine's moods do not reach.
 The head that drafts stays the same in all modes, so that what training gains is not mixed in: weights are judged and
 then not loaded.
 """
@@ -23,7 +25,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
 from tools.replay_text import Replay  # noqa: E402
 
-MODES = ("off", "on", "bystander")
+MODES = ("off", "on", "bystander", "turns")
+TURNS = ("rests", "trains", "bystander")
+TURN_S = 1.2
+"""Of each; some engine steps and optimizer micro-steps."""
 WARM_UP = 2
 """Repetitions before those that count: kernels compile, prices and lengths become known."""
 LOOK_S = 0.02
@@ -47,10 +52,11 @@ class Bystander:
     def __init__(self, board, learner_state: dict):
         context = multiprocessing.get_context("spawn")
         self.board = board
-        self.go, self.has_loaded = context.Event(), context.Event()
+        self.go, self.has_loaded, self.is_resting = (context.Event() for _ in range(3))
         self.inbox = context.Queue()
         self.process = context.Process(
-            target=train_along, args=(learner_state, self.inbox, self.go, self.has_loaded), daemon=True
+            target=train_along, daemon=True,
+            args=(learner_state, self.inbox, self.go, self.has_loaded, self.is_resting),
         )  # fmt: skip
         self.process.start()
 
@@ -89,8 +95,78 @@ class Bystander:
         self.process.join()
 
 
-def train_along(learner_state: dict, inbox, go, has_loaded) -> None:
-    """A process that trains while `go` is set, on what it was last given; sets `has_loaded` when it has that."""
+class Turns:
+    """Tail work that takes turns: `TURNS` one after another, in an order that rotates, until all have ended."""
+
+    def __init__(self, spot, bystander: Bystander):
+        self.spot, self.bystander = spot, bystander
+        self.windows: list[tuple[str, float, float]] = []
+        """Of the present rollout: what was done, wall-clock seconds from and to."""
+        self.num_begun = 0
+
+    def begin(self) -> None:
+        self.windows = []
+        self.spot.board.begin()
+
+    def use_tail(self):
+        from tlt.types import TailReport
+
+        board = self.spot.board
+        board.ended()
+        samples = self.spot.engine.training_samples(seed=0)
+        while not board.all_ended():
+            turn = TURNS[(self.num_begun + self.num_begun // len(TURNS)) % len(TURNS)]
+            self.num_begun += 1
+            begin_s = time.time()
+
+            def is_over(begin_s=begin_s) -> bool:
+                return time.time() - begin_s > TURN_S or board.all_ended()
+
+            if turn == "trains":
+                self.spot.learner.train(samples, should_stop=is_over, on_step=lambda: None)
+            else:
+                if turn == "bystander":
+                    self.bystander.go.set()
+                while not is_over():
+                    time.sleep(LOOK_S)
+                self.bystander.go.clear()
+                self.bystander.is_resting.wait()
+            self.windows.append((turn, begin_s, time.time()))
+        return TailReport()
+
+    def publish(self) -> dict[str, float]:
+        return {}
+
+
+def turn_steps(windows: list[tuple[str, float, float]], stats) -> list[tuple[str, int, float]]:
+    """(what another rank did, number, mean seconds) of a rank's engine steps that lie within one turn, for each turn
+    that has any, in their order; the first and the last turn are cut by the rollout and left out."""
+    found = []
+    for turn, begin_s, end_s in windows[1:-1]:
+        inside = [
+            seconds for own_s, seconds in zip(stats.step_begin_s, stats.step_s, strict=True)
+            if begin_s <= own_s and own_s + seconds <= end_s
+        ]  # fmt: skip
+        if inside:
+            found.append((turn, len(inside), statistics.fmean(inside)))
+    return found
+
+
+def turn_ratios(turns: list[tuple[str, int, float]], turn: str, other: str) -> list[float]:
+    """Seconds of a step in each turn of one kind over those in the turns of another kind around it, at most one of the
+    third kind between them."""
+    ratios = []
+    for index, (own, _, seconds) in enumerate(turns):
+        around = [*turns[max(index - 2, 0) : index], *turns[index + 1 : index + 3]]
+        near = [other_seconds for kind, _, other_seconds in around if kind == other]
+        if own == turn and near:
+            ratios.append(seconds / statistics.fmean(near))
+    return ratios
+
+
+def train_along(learner_state: dict, inbox, go, has_loaded, is_resting) -> None:
+    """A process that trains while `go` is set, on what it was last given; sets `has_loaded` when it has that, and
+    `is_resting` while it does not train."""
     import torch
 
     torch.set_num_threads(1)
@@ -100,6 +176,7 @@ def train_along(learner_state: dict, inbox, go, has_loaded) -> None:
     target = learner_state.pop("target")
     learner = HeadLearner(**learner_state, target=lambda: target)
     samples: list = []
+    is_resting.set()
     while True:
         while not inbox.empty():
             message = inbox.get()
@@ -108,7 +185,9 @@ def train_along(learner_state: dict, inbox, go, has_loaded) -> None:
             samples = [HiddenStateSample(**fields) for fields in torch.load(BytesIO(message), weights_only=True)]
             has_loaded.set()
         if samples and go.wait(timeout=LOOK_S):
+            is_resting.clear()
             learner.train(samples, should_stop=lambda: not go.is_set(), on_step=lambda: None)
+            is_resting.set()
         else:
             time.sleep(LOOK_S)
 
@@ -134,7 +213,7 @@ def prepare_bench(run) -> dict:
     }  # fmt: skip
     bystander = Bystander(spot.board, state)
     engine.load_drafter = lambda tensors, *, drafter_version: None
-    return {"off": NoSpotTraining(), "on": spot, "bystander": bystander}
+    return {"off": NoSpotTraining(), "on": spot, "bystander": bystander, "turns": Turns(spot, bystander)}
 
 
 class Buffers:
@@ -170,8 +249,8 @@ def measure(run, args) -> dict[str, list[dict]]:
             run.rollouts.tail = tails[mode]
             run.rollout_engine.outlook = outlook if mode == "on" else NoOutlook()
             buffers.set(is_open=mode != "off")
-            if mode == "bystander":
-                tails[mode].prepare(run.rollout_engine.training_samples(seed=repetition))
+            if mode in ("bystander", "turns"):
+                tails["bystander"].prepare(run.rollout_engine.training_samples(seed=repetition))
             # Lengths become known in the warm-up; after it no mode's texts help the next one's.
             is_remembered = repetition < 0 and index == len(modes) - 1
             run.rollouts.history = run.rollout_engine.history if is_remembered else SuffixHistory(0)
@@ -190,8 +269,13 @@ def measure(run, args) -> dict[str, list[dict]]:
             counts = replay.take_counts()
             if run.parallel.rank == 0:
                 print(f"repetition {repetition} {mode}: {seconds:.2f} s", file=sys.stderr, flush=True)
+            stats = run.rollout_engine.stats()
+            windows = run.parallel.all_gather_objects(tails["turns"].windows if mode == "turns" else [])
+            turns = [turn_steps(each, stats) for rank, each in enumerate(windows) if rank != run.parallel.rank]
+            turns = [each for rank in run.parallel.all_gather_objects(turns) for each in rank if each]
             if repetition >= 0:
-                found[mode].append(metrics | {"seconds": seconds, "num_forced": counts["num_forced"]})
+                counted = {"seconds": seconds, "num_forced": counts["num_forced"], "turns": turns}
+                found[mode].append(metrics | counted)
     tails["bystander"].close()
     return found
 
@@ -230,6 +314,13 @@ def rows(found: dict[str, list[dict]]) -> list[dict]:
             # Also where all ended before the first optimizer step.
             late_ms = [1e3 * one["spot/preemption_s_max"] for one in records if "spot/preemption_s_max" in one]
             row |= {"preemption_p50_ms": percentile(late_ms, 0.5), "preemption_p99_ms": percentile(late_ms, 0.99)}
+        for turn, other in (("trains", "bystander"), ("trains", "rests"), ("bystander", "rests")):
+            tails = [turns for record in records for turns in record.get("turns", ())]
+            ratios = [ratio for turns in tails for ratio in turn_ratios(turns, turn, other)]
+            if ratios:
+                row[f"step_{turn}_vs_{other}"] = statistics.median(ratios)
+                row[f"step_{turn}_vs_{other}_quartiles"] = [percentile(ratios, 0.25), percentile(ratios, 0.75)]
+                row[f"step_{turn}_vs_{other}_turns"] = len(ratios)
         result.append(row)
     return result
 

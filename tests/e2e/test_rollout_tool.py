@@ -250,7 +250,7 @@ def test_the_spot_benchmark_compares_training_with_none_and_with_a_bystander(mod
     run_forked("tools.bench_spot", [*setting, "--repetitions", "3", "--json", tmp_path / "rows.json"], timeout_s=280)
     found = json.loads((tmp_path / "rows.json").read_text())
     rows = {row["mode"]: row for row in found["rows"]}
-    assert list(rows) == ["off", "on", "bystander"]
+    assert list(rows) == ["off", "on", "bystander", "turns"]
     assert {row["repetitions"] for row in rows.values()} == {3}
     # On a busy machine the tails of a tiny model may all be judged too short for a step.
     seen = [one.get("spot/steps", 0) + one.get("spot/ranks_too_late", 0) for one in found["records"]["on"]]

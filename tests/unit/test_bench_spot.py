@@ -62,3 +62,17 @@ def test_a_bystander_that_died_is_not_waited_for(bystander, monkeypatch):
     monkeypatch.setattr(Process, "fails", True)
     with pytest.raises(RuntimeError, match="ended before"):
         bystander().prepare(SAMPLES)
+
+
+def test_a_step_belongs_to_the_turn_that_it_lies_in():
+    windows = [("rests", 0.0, 1.0), ("trains", 1.0, 2.0), ("bystander", 2.0, 3.0), ("rests", 3.0, 4.0)]
+    stats = SimpleNamespace(step_begin_s=[0.5, 1.1, 1.4, 1.9, 2.2, 3.5], step_s=[0.1, 0.3, 0.1, 0.2, 0.5, 0.1])
+    assert bench_spot.turn_steps(windows, stats) == [("trains", 2, pytest.approx(0.2)), ("bystander", 1, 0.5)]
+    assert bench_spot.turn_steps([], stats) == []
+
+
+def test_a_turn_is_compared_with_those_around_it():
+    turns = [("trains", 1, 2.0), ("rests", 1, 1.0), ("bystander", 1, 4.0), ("trains", 1, 6.0), ("trains", 1, 1.0)]
+    assert bench_spot.turn_ratios(turns, "trains", "bystander") == [0.5, 1.5, 0.25]
+    assert bench_spot.turn_ratios(turns, "trains", "rests") == [2.0, 6.0]
+    assert bench_spot.turn_ratios(turns[:1], "trains", "rests") == []
