@@ -147,9 +147,8 @@ def _one_trained(rank: int, world_size: int, save: Path) -> None:
     first, second = run.learner.trainer, resumed.learner.trainer
     assert first.num_steps == second.num_steps == 22
     for own, other in zip(
-        (*first.parameters.values(), *first.average.values(), *first.moments()),
-        (*second.parameters.values(), *second.average.values(), *second.moments()), strict=True,
-    ):  # fmt: skip
+        (*first.parameters.values(), *first.memory), (*second.parameters.values(), *second.memory), strict=True
+    ):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)  # micro-steps of other sizes
 
 

@@ -206,8 +206,13 @@ def step(learner: HeadLearner) -> None:
 
 def shared_by(learner: HeadLearner) -> list[torch.Tensor]:
     """All that ranks make one of."""
-    parts = (learner.trainer.parameters.values(), learner.trainer.average.values(), learner.trainer.moments())
+    parts = (learner.trainer.parameters.values(), learner.trainer.average.values(), moments(learner))
     return [tensor.detach().clone() for part in parts for tensor in part]
+
+
+def moments(learner: HeadLearner) -> list[torch.Tensor]:
+    """Adam's own, of all parameters."""
+    return [state[name] for state in learner.trainer.optimizer.state.values() for name in trainer.MOMENTS]
 
 
 def meet(learners: list[HeadLearner], weights: list[float]) -> None:
@@ -227,7 +232,7 @@ def meet(learners: list[HeadLearner], weights: list[float]) -> None:
 def test_weights_and_optimizers_become_the_mean_of_the_ranks_by_their_steps():
     learners = [trained(3, seed=1), trained(1, seed=2), make_learner(), trained(9, seed=3)]
     with torch.no_grad():
-        for tensor in (*learners[3].trainer.parameters.values(), *learners[3].trainer.moments()):
+        for tensor in (*learners[3].trainer.parameters.values(), *moments(learners[3])):
             tensor.fill_(float("nan"))  # a rank whose trainer failed
     first, second, idle = map(shared_by, learners[:3])
     assert len(idle) == 4 * len(learners[0].trainer.parameters)

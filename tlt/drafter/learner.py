@@ -69,13 +69,12 @@ class HeadLearner:
         Collective over the ranks that `sum_in_place` sums over and `gather` hears.
         """
         trainer = self.trainer
-        # One after another, where they are: a copy of all takes longer than their way between ranks.
-        for tensor in (*trainer.parameters.values(), *trainer.average.values(), *trainer.moments()):
+        for tensor in trainer.memory:
             if weight > 0:
                 tensor.mul_(weight)
             else:
                 tensor.zero_()  # a rank that counts for nothing may hold anything, NaN included
-            sum_in_place(tensor.detach())
+            sum_in_place(tensor)
         counts = [trainer.num_steps, trainer.num_passes] if weight > 0 else [0, 0]
         num_steps, num_passes = map(max, zip(*gather(counts), strict=True))
         trainer.set_steps(num_steps, num_passes=num_passes + 1)

@@ -78,7 +78,13 @@ class DrafterTrainer:
         self.num_steps_in_pass = 0
         self.micro_step_starts = FIRST_MICRO_STEP_STARTS
         self.parameters = dict(self.head.named_parameters())
-        self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        weights, views = laid_together(list(self.parameters.values()))
+        for parameter, view in zip(self.parameters.values(), views, strict=True):
+            parameter.data = view
+        average, views = laid_together(views)
+        self.average = dict(zip(self.parameters, views, strict=True))
+        self.memory = [weights, average]
+        """[N] each of all parameters' weights, average and, last, Adam's moments: what ranks make one of."""
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay,
             fused=True,
@@ -256,24 +262,26 @@ class DrafterTrainer:
         torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
 
     def _fill_moments(self) -> None:
-        """Adam's state as before its first step, where it has none."""
-        for parameter in self.parameters.values():
-            state = self.optimizer.state[parameter]
+        """Adam's state as before its first step, where it has none, and its moments in one piece of memory each."""
+        states = [self.optimizer.state[parameter] for parameter in self.parameters.values()]
+        for parameter, state in zip(self.parameters.values(), states, strict=True):
             if not state:
                 state["step"] = torch.zeros((), device=parameter.device)
                 state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
-
-    def moments(self) -> list[torch.Tensor]:
-        """Adam's own tensors of all parameters, first moments before second ones."""
-        return [self.optimizer.state[parameter][name] for name in MOMENTS for parameter in self.parameters.values()]
+        del self.memory[2:]
+        for name in MOMENTS:
+            flat, views = laid_together([state[name] for state in states])
+            self.memory.append(flat)
+            for state, view in zip(states, views, strict=True):
+                state[name] = view
 
     @torch.no_grad()
     def begin_from(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Train these weights, which become their own running average, with an optimizer that has made no step."""
         for own in (self.parameters, self.average):
             take_over(own, tensors)
-        for moment in self.moments():
-            moment.zero_()
+        for moments in self.memory[2:]:
+            moments.zero_()
         self.set_steps(0, num_passes=self.num_passes)
 
     def set_steps(self, num_steps: int, *, num_passes: int) -> None:
@@ -307,6 +315,13 @@ class DrafterTrainer:
         self._fill_moments()
         self.num_steps, self.num_passes, self.num_steps_in_pass, self.micro_step_starts = state["counters"]
         self.seed = state["seed"]
+
+
+def laid_together(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """([N] a copy of all in one piece of memory, views of it in their shapes)."""
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return flat, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 @torch.no_grad()

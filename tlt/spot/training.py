@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.05
 """Seconds between two looks at the board of an idle rank that finds the tail too short."""
-STRETCH = 32
+STRETCH = 64
 """Drafts that judge next to each other: neighbours say much the same, and each stretch needs the keys before it."""
 
 
