@@ -50,5 +50,5 @@ SPEC_ARGS=(
     --spec-strategy adaptive:8
 )
 if [[ -n "${DRAFTER_DIR:-}" ]]; then
-    SPEC_ARGS+=(--spec-drafter "$DRAFTER_DIR" --spec-hidden-states-mib 8192 --spot-training on)
+    SPEC_ARGS+=(--spec-drafter "$DRAFTER_DIR" --spec-hidden-states-mib 8192)
 fi

@@ -193,6 +193,8 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
     board = TailBoard(store, rank=parallel.rank, world_size=parallel.world_size)
     with trace.span("build_engine"):
         engine = build_engine(config, inputs, interrupt, history, board, parallel)
+        # Reads the engine's weights, which are gone while it sleeps.
+        tail = build_tail_work(config, engine, parallel, board, interrupt=interrupt, trace=trace)
         engine.sleep()
     with trace.span("build_policy"):
         trainer = build_policy_trainer(
@@ -203,7 +205,6 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
             trainer.load(inputs.checkpoint)
             logger.info("resumed from %s", inputs.checkpoint)
 
-    tail = build_tail_work(config, engine, parallel, board, interrupt=interrupt, trace=trace)
     tail.load_state_dict(inputs.tail_state)
     engine.speculation.load_state_dict(inputs.learned)  # after the head, whose loading casts doubt on what it is worth
     collector = partial(

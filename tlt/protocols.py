@@ -158,6 +158,9 @@ class DrafterLearner(Protocol):
     def begin_from(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Train these weights, with a fresh optimizer."""
 
+    def slow_down(self) -> bool:
+        """Train with half the learning rate from now on; False, and nothing changes, where it is small already."""
+
     def state_dict(self) -> dict:
         """What a resumed training needs."""
 

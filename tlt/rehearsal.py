@@ -53,9 +53,12 @@ def drafters(plan: SpecPlan, hf_config: dict) -> Drafters:
     found = Drafters(head_parameters=sum(sizes.values()), num_heads=len(plan.heads), states=plan.kept_states())
     if not plan.is_trained:
         return found
-    ids = plan.heads[LEARNED].draft_token_ids
-    rows = hf_config["vocab_size"] if ids is None else len(ids)
-    return replace(found, trained_parameters=sizes[LEARNED], trained_rows=rows)
+    ids, vocabulary = plan.heads[LEARNED].draft_token_ids, hf_config["vocab_size"]
+    num_copies = 0 if plan.tp_size == 1 else 1 + (ids is None and not hf_config.get("tie_word_embeddings", False))
+    return replace(
+        found, trained_parameters=sizes[LEARNED], trained_rows=vocabulary if ids is None else len(ids),
+        copied_rows=num_copies * vocabulary,
+    )  # fmt: skip
 
 
 def device_bytes(gpu_gib: float | None) -> int | None:

@@ -8,7 +8,7 @@ the same ones with the same seeds in each mode, in an order that rotates; all mo
 process of its own on the idle rank's core trains the same head on the same kind of samples until the rollout's end,
 and neither is asked nor waited for: what the rollout loses to it, it loses to the machine's shared memory and cores.
 `turns`: in one and the same tail the idle rank trains, lets its bystander train, and rests, a second or so each; the
-engine steps of decoding ranks in neighbouring turns are compared, which the machine's moods do not reach.
+engine steps of decoding ranks in neighbouring turns are compared. It trains a head of its own.
 The head that drafts stays the same in all modes, so that what training gains is not mixed in: weights are judged and
 then not loaded.
 """
@@ -70,9 +70,13 @@ class Bystander:
         torch.save([vars(sample) for sample in samples], content)
         self.has_loaded.clear()
         self.inbox.put(content.getvalue())
-        while not self.has_loaded.wait(timeout=1.0):
+        self.wait_for(self.has_loaded, "it had its samples")
+
+    def wait_for(self, event, what: str) -> None:
+        """RuntimeError where the process dies first."""
+        while not event.wait(timeout=1.0):
             if not self.process.is_alive():
-                raise RuntimeError("the bystander's process ended before it had its samples")
+                raise RuntimeError(f"the bystander's process ended before {what}")
 
     def begin(self) -> None:
         self.board.begin()
@@ -98,8 +102,8 @@ class Bystander:
 class Turns:
     """Tail work that takes turns: `TURNS` one after another, in an order that rotates, until all have ended."""
 
-    def __init__(self, spot, bystander: Bystander):
-        self.spot, self.bystander = spot, bystander
+    def __init__(self, spot, learner, bystander: Bystander):
+        self.spot, self.learner, self.bystander = spot, learner, bystander
         self.windows: list[tuple[str, float, float]] = []
         """Of the present rollout: what was done, wall-clock seconds from and to."""
         self.num_begun = 0
@@ -123,14 +127,14 @@ class Turns:
                 return time.time() - begin_s > TURN_S or board.all_ended()
 
             if turn == "trains":
-                self.spot.learner.train(samples, should_stop=is_over, on_step=lambda: None)
+                self.learner.train(samples, should_stop=is_over, on_step=lambda: None)
             else:
                 if turn == "bystander":
                     self.bystander.go.set()
                 while not is_over():
                     time.sleep(LOOK_S)
                 self.bystander.go.clear()
-                self.bystander.is_resting.wait()
+                self.bystander.wait_for(self.bystander.is_resting, "it was done")
             self.windows.append((turn, begin_s, time.time()))
         return TailReport()
 
@@ -196,6 +200,7 @@ def prepare_bench(run) -> dict:
     """Tail work by mode, of a run built with training on: always due, and its head drafts on as it is."""
     import copy
 
+    from tlt.drafter.learner import HeadLearner
     from tlt.spot.opportunity import GainRecord
     from tlt.spot.training import NoSpotTraining
 
@@ -213,7 +218,8 @@ def prepare_bench(run) -> dict:
     }  # fmt: skip
     bystander = Bystander(spot.board, state)
     engine.load_drafter = lambda tensors, *, drafter_version: None
-    return {"off": NoSpotTraining(), "on": spot, "bystander": bystander, "turns": Turns(spot, bystander)}
+    learner = HeadLearner(**state | {"head": copy.deepcopy(trainer.head), "target": spot.learner.target})
+    return {"off": NoSpotTraining(), "on": spot, "bystander": bystander, "turns": Turns(spot, learner, bystander)}
 
 
 class Buffers:

@@ -25,5 +25,8 @@ LAYOUT_ARGS=(
     --recompute-granularity full
     --max-tokens-per-micro-batch 33792
 )
+if [[ -n "${DRAFTER_DIR:-}" ]]; then
+    SPEC_ARGS+=(--spot-training on)
+fi
 
 launch "$@"

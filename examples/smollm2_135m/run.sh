@@ -23,5 +23,8 @@ LAYOUT_ARGS=(
     --max-tokens-per-micro-batch 16384
     --recompute-granularity full
 )
+if [[ -n "${DRAFTER_DIR:-}" ]]; then
+    SPEC_ARGS+=(--spot-training on)
+fi
 
 launch "$@"

@@ -60,7 +60,7 @@ class Counting:
         self.step_s = step_s
         self.fails_at = fails_at
         self.num_steps = 0
-        self.num_judging = 0
+        self.num_judging = self.num_slower = 0
         self.begins_s: list[float] = []
 
     def train(self, samples, *, should_stop, on_step) -> None:
@@ -87,6 +87,10 @@ class Counting:
 
     def begin_from(self, tensors) -> None:
         self.value = tensors["value"].clone()
+
+    def slow_down(self) -> bool:
+        self.num_slower += 1
+        return self.num_slower == 1
 
 
 class Drafting:
@@ -129,7 +133,7 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
     spot = SpotTraining(
         learner, engine, TimedBoard(store, rank=rank, world_size=world_size), world,
         config=SpotConfig(
-            max_age=9, held_out_every=2, compare_first="on", judge_starts=1 if case == "idle" else 512
+            max_age=9, held_out_every=2, compare_first="on", judge_starts=20 if case == "idle" else 512
         ), is_stopped=lambda: stopped["now"], trace=NoTrace(),
     )  # fmt: skip
     for rollout in range(3):
@@ -166,6 +170,8 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
             assert metrics["spot/steps"] > 0 > metrics["spot/gain"]
             assert (metrics["spot/published"], engine.drafter_version) == (0, 0)
             assert float(learner.value) == 0, "begun again from the weights that draft"
+            assert learner.num_slower == rollout + 1
+            assert len(spot.gains.sessions) == rollout, "what was gained at the first rate is forgotten"
         if case in ("idle", "slow"):
             assert all(count >= 1 for count in steps[:-1]), steps
         if case == "fails":

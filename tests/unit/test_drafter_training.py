@@ -69,6 +69,9 @@ def test_a_pass_has_every_start_once_however_it_is_cut():
         micro = list(micro_batches(PIECES, size))
         assert starts_in([piece for held in micro for piece in held]) == sorted(every)
         assert all(sum(piece.num_starts for piece in held) <= size for held in micro)
+    short = list(micro_batches(PIECES, 100, max_positions=25))
+    assert starts_in([piece for held in short for piece in held]) == sorted(every)
+    assert [len(held) for held in short] == [2, 1, 1], "the longest response is longer than that alone"
     order = [[piece.sample.request_id for piece in step] for step in shuffled_steps(PIECES, starts_per_step=7, seed=3)]
     again = [[piece.sample.request_id for piece in step] for step in shuffled_steps(PIECES, starts_per_step=7, seed=4)]
     assert order != again

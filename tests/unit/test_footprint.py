@@ -84,9 +84,12 @@ def test_drafters_take_room_for_every_cached_token():
 def test_a_head_that_is_trained_takes_its_trainer_along():
     drafters = Drafters(head_parameters=10**8, num_heads=1, states={}, trained_parameters=10**8)
     found = of("qwen2.5_7b", drafters=drafters)
-    assert gib_of(found, "drafter's trainer", "update") == pytest.approx(4 * 5e8 / GIB)
-    more = gib_of(of("qwen2.5_7b", drafters=replace(drafters, trained_rows=1000)), "drafter's trainer", "rollout")
-    assert more == pytest.approx(4 * (5e8 + 1000 * 3584) / GIB)
+    assert gib_of(found, "drafter's trainer", "update") == pytest.approx(4 * 4e8 / GIB)
+    assert gib_of(found, "drafter's step", "update") == 0
+    more = of("qwen2.5_7b", drafters=replace(drafters, trained_rows=1000, copied_rows=2000))
+    assert gib_of(more, "drafter's trainer", "rollout") == pytest.approx(4 * (4e8 + 1000 * 3584) / GIB)
+    assert gib_of(more, "drafter's step", "rollout") == pytest.approx(4 * (2e8 + 1000 * 3584) / GIB)
+    assert more.host_bytes - found.host_bytes == 2000 * 3584 * 2
 
 
 def test_what_does_not_fit_is_refused_with_the_phase_and_the_largest_part():

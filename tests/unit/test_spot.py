@@ -162,6 +162,65 @@ def test_old_samples_are_left_and_held_out_ones_are_never_trained_on():
     assert len(prompts) == pytest.approx(90 / 4, abs=13)  # 3 standard deviations of 4.1
 
 
+class Scoring(Watched):
+    """Scores a piece between two questions whether to stop; notes of whose weights."""
+
+    def __init__(self, *, num_in_tail: int) -> None:
+        super().__init__()
+        self.num_in_tail = num_in_tail
+        self.scored: list[tuple[object, int]] = []
+
+    def score(self, pieces, tensors, *, should_stop=None) -> torch.Tensor:
+        num = len(pieces) if should_stop is None else self.num_in_tail
+        self.scored.append((tensors["of"], len(pieces[:num])))
+        return torch.arange(len(pieces[:num]), dtype=torch.float64)
+
+    def published(self) -> dict:
+        return {"of": "candidate"}
+
+
+def judging(learner: Scoring, **config) -> SpotTraining:
+    """A rank of two, in whose tail one optimizer step was made."""
+    engine = Engine(max_bytes=230_000)
+    engine.drafter_tensors = lambda: {"of": engine.drafter_version}
+    engine.rollout(0, [30] * 24)
+    spot = SpotTraining(
+        learner, engine, TailBoard(Counters(), rank=0, world_size=2), Alone(), is_stopped=lambda: False,
+        config=SpotConfig(held_out_every=2, **config), trace=NoTrace(),
+    )  # fmt: skip
+    spot.begin()
+    spot.use_tail()
+    return spot
+
+
+def test_the_head_that_drafts_is_judged_in_the_tail_and_the_trained_one_at_the_meeting():
+    learner = Scoring(num_in_tail=100)
+    spot = judging(learner, judge_starts=100)
+    assert learner.scored == [(0, 4)], "26 drafts of each response"
+    metrics = spot.publish()
+    assert learner.scored[1:] == [("candidate", 4)]
+    assert metrics["spot/judges"] == 4
+
+
+def test_what_was_scored_before_a_tail_ended_judges_and_all_ranks_do_where_it_is_not_enough():
+    learner = Scoring(num_in_tail=5)
+    metrics = judging(learner, compare_first="on").publish()
+    assert learner.scored == [(0, 5), (0, 5), ("candidate", 5)]
+    assert metrics["spot/judges"] == 5
+    learner = Scoring(num_in_tail=0)
+    judging(learner).publish()
+    assert [of for of, _ in learner.scored] == [0, 0, "candidate"]
+    assert learner.scored[0][1] == 0 < learner.scored[1][1] == learner.scored[2][1]
+
+
+def test_scores_of_a_head_that_was_withdrawn_are_made_anew():
+    learner = Scoring(num_in_tail=100)
+    spot = judging(learner, judge_starts=100)
+    spot.engine.drafter_version += 1
+    spot.publish()
+    assert [of for of, _ in learner.scored] == [0, 1, "candidate"]
+
+
 @pytest.mark.parametrize("are_held_out", [False, True])
 def test_a_rank_of_one_prompt_trains_on_all_of_it_or_on_none_of_it(are_held_out):
     config, learner, engine = SpotConfig(held_out_every=2), Watched(), Engine(max_bytes=230_000)
@@ -261,6 +320,19 @@ def test_training_that_begins_anew_keeps_nothing_of_the_one_before():
         torch.testing.assert_close(found, tensor)
 
 
+def test_a_learning_rate_is_halved_three_times_and_kept_by_checkpoints():
+    learner, resumed = make_learner(), make_learner()
+    rates = [learner.trainer.lr_scale(0.0)]
+    while learner.slow_down():
+        rates.append(learner.trainer.lr_scale(0.0))
+    assert rates == [1, 1 / 2, 1 / 4, 1 / 8]
+    assert learner.trainer.lr_scale(0.0) == 1 / 8
+    learner.begin_from(learner.published())
+    resumed.load_state_dict(learner.state_dict())
+    assert resumed.trainer.lr_scale(0.0) == 1 / 8
+    assert not resumed.slow_down()
+
+
 def test_the_average_of_a_head_that_drafts_holds_on_to_it():
     learner = make_learner()
     live, decay = learner.published(), learner.trainer.config.ema_decay
@@ -289,12 +361,13 @@ def test_a_score_is_the_expected_number_of_accepted_tokens_and_rises_with_traini
 
 
 def test_scoring_that_is_stopped_gives_the_first_scores():
-    learner, answers = make_learner(), [False, False, True]
+    learner, answers = make_learner(), [False, False, True]  # before, and after each pair of them
     learner.trainer.micro_step_starts = 20  # two responses of ten drafts each
     found = learner.score(PIECES, learner.published(), should_stop=lambda: answers.pop(0))
     assert not answers
     torch.testing.assert_close(found, learner.score(PIECES, learner.published())[:4], rtol=1e-5, atol=1e-5)
     assert len(learner.score([], learner.published(), should_stop=lambda: pytest.fail("nothing to stop"))) == 0
+    assert len(learner.score(PIECES, learner.published(), should_stop=lambda: True)) == 0
 
 
 def test_a_policy_in_bfloat16_is_judged_as_one_in_float32(monkeypatch):

@@ -134,15 +134,19 @@ def shuffled_steps(pieces: Sequence[Piece], *, starts_per_step: int, seed: int) 
         yield held
 
 
-def micro_batches(pieces: Sequence[Piece], max_starts: int) -> Iterator[list[Piece]]:
-    """Pieces in their order, cut where they are larger, together at most `max_starts` starts."""
+def micro_batches(
+    pieces: Sequence[Piece], max_starts: int, *, max_positions: float = float("inf")
+) -> Iterator[list[Piece]]:  # fmt: skip
+    """Pieces in their order, cut where they are larger, together at most `max_starts` starts; and, but for one piece
+    alone, at most `max_positions` that give keys."""
     held: list[Piece] = []
-    size = 0
+    size = num_positions = 0
     for piece in (part for one in pieces for part in cut(one, max_starts)):
-        if held and size + piece.num_starts > max_starts:
+        if held and (size + piece.num_starts > max_starts or num_positions + piece.end > max_positions):
             yield held
-            held, size = [], 0
+            held, size, num_positions = [], 0, 0
         held.append(piece)
         size += piece.num_starts
+        num_positions += piece.end
     if held:
         yield held

@@ -14,10 +14,16 @@ from tlt.types import HiddenStateSample, Piece
 
 STARTS_PER_PACK = 512
 """Judged together where ranks wait for it: a pass over few rows costs nearly what one over many does."""
+POSITIONS_PER_PACK = 16384
+"""At most, that give keys to what is judged together: of a long response each stretch needs all before it."""
 
 LEAST_FRAC = 0.5
 """Of an optimizer step's starts that it is made of where no more were gathered when the tail ended: a tail has few
 steps, and fewer starts are no good estimate of a gradient that counts as a whole step."""
+
+
+LEAST_LR_FRAC = 1 / 8
+"""Of the given learning rate, below which training that went wrong is not tried."""
 
 
 class HeadLearner:
@@ -87,20 +93,21 @@ class HeadLearner:
         """[P] float64: accepted tokens that sampled drafts of these weights are expected to have, summed over the
         drafts that begin at each piece's starts (the sum over depths of the product of 1 - TV(p, q)).
 
-        `should_stop` is asked before about as many starts each time as a micro-step has; if it says so, only the first
-        pieces are scored.
+        `should_stop` is asked at first, and after about as many starts each time as a micro-step has; if it says so,
+        only the first pieces are scored.
         """
-        if not pieces:
+        if not pieces or (should_stop is not None and should_stop()):
             return torch.zeros(0, dtype=torch.float64)
         size = STARTS_PER_PACK if should_stop is None else self.trainer.micro_step_starts
+        size = max(size, *(piece.num_starts for piece in pieces))  # none is cut
         self.trainer.renew_target(self._target())
         own = {name: parameter.clone() for name, parameter in self.trainer.parameters.items()}
         take_over(self.trainer.parameters, tensors)
         expected: list[float] = []
-        for each in micro_batches(pieces, max(size, *(piece.num_starts for piece in pieces))):  # none is cut
+        for each in micro_batches(pieces, size, max_positions=POSITIONS_PER_PACK):
+            expected += self._expected_of_pack(each)
             if should_stop is not None and should_stop():
                 break
-            expected += self._expected_of_pack(each)
         take_over(self.trainer.parameters, own)
         return torch.tensor(expected, dtype=torch.float64)
 
@@ -130,6 +137,13 @@ class HeadLearner:
     def begin_from(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Train these weights anew: no average, moment or warm-up of others is left."""
         self.trainer.begin_from(tensors)
+
+    def slow_down(self) -> bool:
+        """Halve the learning rate from now on; False, and nothing changes, where that would be too little."""
+        is_possible = self.trainer.lr_frac / 2 >= LEAST_LR_FRAC
+        if is_possible:
+            self.trainer.lr_frac /= 2
+        return is_possible
 
     def state_dict(self) -> dict:
         """Weights, running average, optimizer and counters."""

@@ -77,6 +77,8 @@ class DrafterTrainer:
         """The pass over all pieces that is under way."""
         self.num_steps_in_pass = 0
         self.micro_step_starts = FIRST_MICRO_STEP_STARTS
+        self.lr_frac = 1.0
+        """Of the configured learning rate, whatever the schedule."""
         self.parameters = dict(self.head.named_parameters())
         weights, views = laid_together(list(self.parameters.values()))
         for parameter, view in zip(self.parameters.values(), views, strict=True):
@@ -137,10 +139,10 @@ class DrafterTrainer:
             self.num_passes, self.num_steps_in_pass = self.num_passes + 1, 0
 
     def lr_scale(self, done: float) -> float:
-        """Linear warm-up, then cosine decay over the share done."""
+        """Linear warm-up, then cosine decay over the share done; `lr_frac` of it."""
         warmup = min((self.num_steps + 1) / max(self.config.warmup_steps, 1), 1.0)
         least = self.config.min_lr_frac
-        return warmup * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+        return self.lr_frac * warmup * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
     def step(
         self, pieces: Sequence[Piece], *, lr_scale: float = 1.0, should_stop: Callable[[], bool] = lambda: False,
@@ -302,6 +304,7 @@ class DrafterTrainer:
             "optimizer": self.optimizer.state_dict(),
             "counters": [self.num_steps, self.num_passes, self.num_steps_in_pass, self.micro_step_starts],
             "seed": self.seed,
+            "lr_frac": self.lr_frac,
         }
 
     @torch.no_grad()
@@ -315,6 +318,7 @@ class DrafterTrainer:
         self._fill_moments()
         self.num_steps, self.num_passes, self.num_steps_in_pass, self.micro_step_starts = state["counters"]
         self.seed = state["seed"]
+        self.lr_frac = state.get("lr_frac", 1.0)  # older checkpoints have none
 
 
 def laid_together(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:

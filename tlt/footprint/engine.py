@@ -29,7 +29,9 @@ class EngineFootprint:
     """Hidden states and keys of drafters, a slot for each token of the KV cache."""
     drafter_weights: int
     drafter_trainer: int
-    """fp32: a head's weights, their average, gradients and Adam's moments; output rows."""
+    """fp32: a head's weights, their average and Adam's moments; output rows."""
+    drafter_step: int
+    """What its steps take besides: gradients, these laid together, output rows that take the old ones' place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class Drafters:
     """Of the head that idle ranks train."""
     trained_rows: int = 0
     """Of the output layer that it is trained with."""
+    copied_rows: int = 0
+    """Of the vocabulary, that ranks keep whole on the host for it."""
 
 
 def engine_footprint(
@@ -64,6 +68,7 @@ def engine_footprint(
     else:
         kv_cache = max(int(rollout.gpu_memory_utilization * device_bytes) - weights - step, 0)
     kv_tokens = kv_cache // token
+    rows = drafters.trained_rows * hf_config["hidden_size"]
     return EngineFootprint(
         weights=weights,
         step=step,
@@ -71,7 +76,8 @@ def engine_footprint(
         kv_tokens=kv_tokens,
         token_pool=kv_tokens * pool_token_bytes(hf_config, drafters, item_bytes=item_bytes),
         drafter_weights=drafters.head_parameters * item_bytes,
-        drafter_trainer=FP32 * (5 * drafters.trained_parameters + drafters.trained_rows * hf_config["hidden_size"]),
+        drafter_trainer=FP32 * (4 * drafters.trained_parameters + rows),
+        drafter_step=FP32 * (2 * drafters.trained_parameters + rows),
     )
 
 

@@ -107,7 +107,8 @@ def footprint(
     stage = max(range(shards.pp_size), key=lambda stage: max(replace(found, rows=stages[stage]).totals))
     moved = policy.optimizer_bytes(shards, stage) if device_bytes is not None else 0
     kept = (config.spec.hidden_states_mib + config.spec.history_mib) * 2**20
-    return replace(found, rows=stages[stage], host_bytes=moved + kept)
+    copied = drafters.copied_rows * hf_config["hidden_size"] * shards.item_bytes
+    return replace(found, rows=stages[stage], host_bytes=moved + kept + copied)
 
 
 def stage_rows(config: RunConfig, shards: policy.PolicyShards, found: Footprint, stage: int) -> tuple[Row, ...]:
@@ -146,6 +147,7 @@ def stage_rows(config: RunConfig, shards: policy.PolicyShards, found: Footprint,
         # Not vLLM's, so its sleep leaves them where they are.
         always("drafters: weights, states and keys of cached tokens", engine.drafter_weights + engine.token_pool),
         always("drafter's trainer", engine.drafter_trainer),
+        Row(name="drafter's step in a tail", num_bytes=(0, engine.drafter_step, 0)),
         Row(name="gathered weights", num_bytes=(0, 0, gathered)),
         always("reserve (assumed)", RESERVE if on_gpu else 0),
     )

@@ -64,13 +64,23 @@ class Judges:
     live: torch.Tensor
     """[P] expected accepted tokens, summed over a piece's drafts."""
     first: torch.Tensor
-    """[P] of the head that the run was given; [0] where no one asks for it."""
+    """[F] of the head that the run was given, on the first F of them; [0] where no one asks for it."""
     drafter_version: int
 
     @property
     def num_starts(self) -> int:
         """Drafts."""
         return sum(piece.num_starts for piece in self.pieces)
+
+    @property
+    def num_responses(self) -> int:
+        """That the stretches are of."""
+        return len({piece.sample.request_id for piece in self.pieces})
+
+    def first_sums(self) -> torch.Tensor:
+        """[2] float64: the first head's score, and the drafts that it was scored on."""
+        drafts = sum(piece.num_starts for piece in self.pieces[: len(self.first)])
+        return torch.stack([self.first.sum(), torch.tensor(drafts, dtype=torch.float64)])
 
     def scores(self, candidate: torch.Tensor) -> torch.Tensor:
         """[R, 3] float64 of each response: the scores of live weights and of others, given as [P]; drafts."""

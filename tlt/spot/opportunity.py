@@ -93,6 +93,10 @@ class GainRecord:
         """The trained weights were dropped for those that draft."""
         self._carried = 0.0
 
+    def tried_anew(self) -> None:
+        """Training goes on in another way: what the last ones gained does not say what it will."""
+        self.sessions.clear()
+
     def state_dict(self) -> dict:
         """What a resumed run decides by; plain values."""
         return {

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.05
 """Seconds between two looks at the board of an idle rank that finds the tail too short."""
+LEAST_JUDGES = 4
+"""Responses, of which ever fewer say ever less about their own scatter."""
 STRETCH = 64
 """Drafts that judge next to each other: neighbours say much the same, and each stretch needs the keys before it."""
 
@@ -140,14 +142,14 @@ class SpotTraining:
         num_before = self.num_steps
 
         def count() -> None:
-            if self.num_steps == num_before:
-                self.switch.observe(time.perf_counter() - begin_s)
             self.num_steps += 1
             self.trace.point("drafter_step")
+            if self.num_steps == num_before + 1:
+                self.switch.observe(time.perf_counter() - begin_s)
+                self.judges = self._judges(should_stop=self._is_over)
 
         try:
             with self.trace.span("spot_training", num_samples=len(samples)):
-                self.judges = self._judges(should_stop=self._is_over)
                 self.learner.train(samples, should_stop=self._is_over, on_step=count)
         except Exception:
             # The one place where a failure is survived: speculation is never needed for a right result.
@@ -179,13 +181,9 @@ class SpotTraining:
         if not pieces:
             return NO_JUDGES
         live = self.learner.score(pieces, self.engine.drafter_tensors(), should_stop=should_stop)
-        first = live[:0]
-        if self.first is not None:
-            first = self.learner.score(pieces[: len(live)], self.first, should_stop=should_stop)
-            live = live[: len(first)]
-        return Judges(
-            pieces=pieces[: len(live)], live=live, first=first, drafter_version=self.engine.drafter_version
-        )  # fmt: skip
+        pieces = pieces[: len(live)]
+        first = live[:0] if self.first is None else self.learner.score(pieces, self.first, should_stop=should_stop)
+        return Judges(pieces=pieces, live=live, first=first, drafter_version=self.engine.drafter_version)
 
     def _is_over(self) -> bool:
         return self.board.all_ended() or self.is_stopped()
@@ -199,9 +197,12 @@ class SpotTraining:
         rollout_s = time.perf_counter() - self.begin_s
         if self.judges.drafter_version != self.engine.drafter_version:
             self.judges = NO_JUDGES
-        own = [self.num_steps, self.has_failed, self.train_s, self.meeting_s, rollout_s, self.judges.num_starts]
-        total = self.parallel.sum(torch.tensor([float(value) for value in own], dtype=torch.float64))
-        num_steps, num_failed, train_s, meeting_s, rollout_s, num_starts = total.tolist()  # the same on all ranks
+        own = [
+            self.num_steps, self.has_failed, self.train_s, self.meeting_s, rollout_s, self.judges.num_starts,
+            self.judges.num_responses,
+        ]  # fmt: skip
+        total = self.parallel.sum(torch.tensor([float(value) for value in own], dtype=torch.float64)).tolist()
+        num_steps, num_failed, train_s, meeting_s, rollout_s, num_starts, num_judges = total  # the same on all ranks
         metrics = {
             "spot/steps": num_steps, "spot/failed_ranks": num_failed, "spot/published": 0.0,
             "spot/due": float(self.gains.is_due(self.engine.policy_version)),
@@ -212,7 +213,7 @@ class SpotTraining:
         with self.trace.span("spot_publish"):
             metrics |= self._meet(
                 num_steps, train_s, cost_frac=meeting_s / rollout_s if meeting_s > 0 else None,
-                are_enough=num_starts >= self.config.judge_starts,
+                are_enough=num_starts >= self.config.judge_starts and num_judges >= LEAST_JUDGES,
             )  # fmt: skip
         self.meeting_s = time.perf_counter() - begin_s
         self.num_steps, self.train_s = 0, 0.0
@@ -254,9 +255,8 @@ class SpotTraining:
         version = self.engine.policy_version
         metrics = self.gains.count(judged, policy_version=version, cost_frac=cost_frac, num_steps=num_steps)
         if self.first is not None:
-            own = torch.stack([self.judges.first.sum(), scores[:, 2].sum()])
-            expected, drafts = self.parallel.sum(own).tolist()
-            metrics["spot/first_score"] = expected / drafts
+            expected, drafts = self.parallel.sum(self.judges.first_sums()).tolist()
+            metrics |= {"spot/first_score": expected / drafts} if drafts else {}
         if train_s > 0:
             metrics["spot/gain_per_idle_s"] = metrics["spot/added_gain"] / train_s
         if judged.is_better:
@@ -266,6 +266,9 @@ class SpotTraining:
         elif judged.is_worse:
             self.learner.begin_from(self.engine.drafter_tensors())  # a training that went wrong is not gone on with
             self.gains.begun_anew()
+            if self.learner.slow_down():
+                logger.info("training made the drafter worse: it begins anew, at half the learning rate")
+                self.gains.tried_anew()
         return metrics
 
     def state_dict(self) -> dict:
