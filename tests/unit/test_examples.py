@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.model_facts import FACTS, write_config
+from tlt.drafter.model import EagleHead, HeadShape, save_head
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RANKS = {
@@ -39,6 +40,15 @@ def test_an_example_is_valid_and_fits_its_gpus(tmp_path, model):
     assert f"dry run: the configuration is valid for {RANKS[model]} ranks" in process.stderr
     assert "| total |" in process.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_head_is_trained_on_idle_ranks_where_its_trainer_fits(tmp_path):
+    target = FACTS["smollm2_135m"]
+    save_head(EagleHead(HeadShape.of_target(target)), tmp_path / "head", target_config=target)
+    process = run("smollm2_135m", tmp_path, "--dry-run", DRAFTER_DIR=str(tmp_path / "head"))
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert "| drafter's trainer |" in process.stderr
+    assert "| drafter's step in a tail | 0.0 |" in process.stderr
 
 
 def test_every_model_has_an_example():
