@@ -193,7 +193,6 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
     board = TailBoard(store, rank=parallel.rank, world_size=parallel.world_size)
     with trace.span("build_engine"):
         engine = build_engine(config, inputs, interrupt, history, board, parallel)
-        # Reads the engine's weights, which are gone while it sleeps.
         tail = build_tail_work(config, engine, parallel, board, interrupt=interrupt, trace=trace)
         engine.sleep()
     with trace.span("build_policy"):
@@ -339,7 +338,7 @@ def build_tail_work(
     config: RunConfig, engine: VLLMRolloutEngine, parallel: process_groups.Parallel, board: TailBoard, *,
     interrupt: Interrupt, trace: Trace,
 ) -> TailWork:  # fmt: skip
-    """What ranks do while others still decode."""
+    """What ranks do while others still decode. Reads weights of the engine, which must be awake."""
     if config.spot.training == "off":
         return NoSpotTraining()
     head = copy.deepcopy(engine.speculation.learned.head).cpu()
