@@ -15,6 +15,7 @@ from tlt.data.source import parse_source
 from tlt.footprint.engine import Drafters
 from tlt.footprint.table import GIB, Footprint, footprint
 from tlt.rollout.vllm.speculation import LEARNED, SpecPlan, read_spec_plan
+from tlt.rollout.vllm.target_weights import not_at_hand, output_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,11 @@ def drafters(plan: SpecPlan, hf_config: dict) -> Drafters:
     if not plan.is_trained:
         return found
     ids, vocabulary = plan.heads[LEARNED].draft_token_ids, hf_config["vocab_size"]
-    num_copies = 0 if plan.tp_size == 1 else 1 + (ids is None and not hf_config.get("tie_word_embeddings", False))
+    output = output_of(is_tied=hf_config.get("tie_word_embeddings", False))
+    copies = not_at_hand(output, tp_size=plan.tp_size, on_cpu=False, reads_output=ids is None)
     return replace(
         found, trained_parameters=sizes[LEARNED], trained_rows=vocabulary if ids is None else len(ids),
-        copied_rows=num_copies * vocabulary,
+        copied_rows=len(copies) * vocabulary,
     )  # fmt: skip
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 def read_rows(model: str, hf_config: dict) -> tuple:
     """(embedding [V, H], output rows [V, H]); one tensor where they are tied."""
-    from tlt.rollout.vllm.target_weights import EMBEDDING, read_weight
+    from tlt.rollout.vllm.target_weights import EMBEDDING, output_of, read_weight
 
     embedding = read_weight(Path(model), EMBEDDING)
-    is_tied = hf_config.get("tie_word_embeddings", False)
-    return embedding, embedding if is_tied else read_weight(Path(model), "lm_head.weight")
+    output = output_of(is_tied=hf_config.get("tie_word_embeddings", False))
+    return embedding, embedding if output == EMBEDDING else read_weight(Path(model), output)
 
 
 def make_target(embedding, output, draft_token_ids, *, temperature: float):

@@ -200,7 +200,10 @@ class Speculation:
         missing: set[str] = set()
         if plan.is_trained and self.learned is not None:
             reads_output = self.learned.head.draft_token_ids is None
-            missing = not_at_hand(runner.get_model(), tp_size=plan.tp_size, reads_output=reads_output)
+            missing = not_at_hand(
+                output_name(runner.get_model()), tp_size=plan.tp_size, on_cpu=runner.device.type == "cpu",
+                reads_output=reads_output,
+            )  # fmt: skip
         self.copies = WeightCopies(Path(hf_model), missing, dtype=runner.model_config.dtype)
         self.drafting = Drafting(
             runner, scheduler, drafters=drafters, ledger=self.ledger, pool=pool, agree=agree,

@@ -26,24 +26,28 @@ class WeightCopies:
             self.tensors[name].copy_(tensor)
 
 
-def not_at_hand(model: Any, *, tp_size: int, reads_output: bool) -> set[str]:
-    """Names of the weights that a head of this engine's target is trained with and that the engine has not whole and
-    as they were sent: a tensor-parallel rank has a part of the vocabulary, a CPU lays an output layer out anew.
+def not_at_hand(output: str, *, tp_size: int, on_cpu: bool, reads_output: bool) -> set[str]:
+    """Names of the weights that a head is trained with and that an engine has not whole and as they were sent: a
+    tensor-parallel rank has a part of the vocabulary, a CPU lays an output layer out anew.
 
-    `reads_output`: drafts are read out with the target's own layer, of all tokens.
+    `output` names what the target's logits are read out with; `reads_output`: drafts are too, of all tokens.
     """
-    output = output_name(model)
     is_whole = tp_size == 1
     names = set() if is_whole else {EMBEDDING}
-    is_laid_out = output != EMBEDDING and model.model.embed_tokens.weight.device.type == "cpu"
+    is_laid_out = output != EMBEDDING and on_cpu
     if reads_output and (is_laid_out or not is_whole):
         names.add(output)
     return names
 
 
 def output_name(model: Any) -> str:
-    """Hugging Face name of the weight that the target's logits are read out with."""
-    return EMBEDDING if model.config.tie_word_embeddings else "lm_head.weight"
+    """Of an engine's model (`output_of`)."""
+    return output_of(is_tied=model.config.tie_word_embeddings)
+
+
+def output_of(*, is_tied: bool) -> str:
+    """Hugging Face name of the weight that a target's logits are read out with."""
+    return EMBEDDING if is_tied else "lm_head.weight"
 
 
 def read_weight(folder: Path, name: str) -> torch.Tensor:
