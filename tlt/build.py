@@ -189,8 +189,7 @@ def build(config: RunConfig, inputs: Inputs) -> Run:
     history = SuffixHistory(config.spec.history_mib * 2**20)
     if inputs.checkpoint is not None:
         read_history(inputs.checkpoint, history)
-    store = torch.distributed.distributed_c10d._get_default_store()
-    board = TailBoard(store, rank=parallel.rank, world_size=parallel.world_size)
+    board = build_board(config.rollout, parallel)
     with trace.span("build_engine"):
         engine = build_engine(config, inputs, interrupt, history, board, parallel)
         tail = build_tail_work(config, engine, parallel, board, interrupt=interrupt, trace=trace)
@@ -258,6 +257,14 @@ def build_trace(save: Path, faults: Sequence[Fault], parallel: process_groups.Pa
     return FaultyTrace(folder, rank, faults) if faults else Trace(folder, rank)
 
 
+def build_board(rollout: RolloutConfig, parallel: process_groups.Parallel) -> TailBoard:
+    """On the job's own store."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    return TailBoard(
+        store, rank=parallel.rank, world_size=parallel.world_size, replica_size=rollout.tensor_parallel_size
+    )  # fmt: skip
+
+
 def build_heartbeat(training: TrainingConfig, parallel: process_groups.Parallel, trace: Trace) -> Heartbeat:
     """Begins at once: building the engine is a wait for others, too."""
     heartbeat = Heartbeat(
@@ -311,7 +318,7 @@ def build_engine(
         outlook = Outlook(history, board.tell_remaining if is_told else lambda seconds: None)
     consolidation: Consolidation | NoConsolidation = NoConsolidation()
     if is_consolidated:
-        size = config.rollout.tensor_parallel_size
+        size = board.replica_size
         handover = HandoverBoard(board.store, replica=board.rank // size, num_replicas=board.world_size // size)
         consolidation = Consolidation(handover, outlook, is_replica_leader=board.rank % size == 0)
     engine = VLLMRolloutEngine(

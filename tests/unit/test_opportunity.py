@@ -249,6 +249,22 @@ def test_what_ranks_tell_is_read_until_they_end():
         assert boards[0].remaining_s() is None
 
 
+def test_a_replica_has_ended_with_the_first_of_its_ranks():
+    store = Counters()
+    boards = [TailBoard(store, rank=rank, world_size=6, replica_size=2) for rank in range(6)]
+    for _ in range(2):
+        for board in boards:
+            board.begin()
+        for rank in (5, 4, 0):
+            boards[rank].ended()
+            assert not boards[rank].all_ended(), "ranks 2 and 3 decode"
+        boards[2].ended()
+        assert all(board.all_ended() for board in boards), "ranks 1 and 3 are about to say so"
+        for rank in (1, 3):
+            boards[rank].ended()
+            assert boards[rank].all_ended()
+
+
 class Looks:
     """Told to stop after so many questions."""
 

@@ -17,10 +17,12 @@ class Store(Protocol):
 class TailBoard:
     """Counters of each rollout of the run; rollouts have the same numbers on all ranks, since all begin all."""
 
-    def __init__(self, store: Store, *, rank: int, world_size: int):
+    def __init__(self, store: Store, *, rank: int, world_size: int, replica_size: int = 1):
         self.store = store
         self.rank = rank
         self.world_size = world_size
+        self.replica_size = replica_size
+        """Neighbouring ranks that decode together."""
         self.rollout = 0
         self._told_ms = 0
 
@@ -32,11 +34,12 @@ class TailBoard:
     def ended(self) -> None:
         """This rank's replica is done, or was told to stop."""
         self._tell_ms(0)
-        self.store.add(self._key, 1)
+        if self.replica_size == 1 or self._is_first_of_replica():
+            self.store.add(self._key, 1)
 
     def all_ended(self) -> bool:
-        """Whether no rank decodes any more."""
-        return self.store.add(self._key, 0) == self.world_size
+        """Whether no replica decodes any more."""
+        return self.store.add(self._key, 0) == self.world_size // self.replica_size
 
     def tell_remaining(self, seconds: float) -> None:
         """This rank's replica expects to decode for so long from now on."""
@@ -46,6 +49,10 @@ class TailBoard:
         """Seconds until the last rank is expected to be done, as told lately; None where no one that decodes told."""
         told_ms = max(self.store.add(self._remaining_key(rank), 0) for rank in range(self.world_size))
         return told_ms / 1e3 if told_ms > 0 else None
+
+    def _is_first_of_replica(self) -> bool:
+        """The ranks of a replica end together: none of them trains while another is about to say so."""
+        return self.store.add(f"{self._key}/{self.rank // self.replica_size}", 1) == 1
 
     def _tell_ms(self, ms: int) -> None:
         if ms != self._told_ms:  # a counter that one rank writes holds whatever it last added up to
