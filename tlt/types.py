@@ -96,16 +96,22 @@ class HiddenStateSample:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Starts first, ..., end - 1 of one sample. Pieces of a sample need not be trained together: gradients add up."""
+    """Starts first, first + step, ... before `end` of one sample. Pieces of a sample need not be trained together:
+    gradients add up."""
 
     sample: HiddenStateSample
     first: int
     end: int
+    step: int = 1
     weights: torch.Tensor | None = None  # [S] of the loss by the position that a draft is read at; None: all 1
 
     @property
+    def starts(self) -> range:
+        return range(self.first, self.end, self.step)
+
+    @property
     def num_starts(self) -> int:
-        return self.end - self.first
+        return len(self.starts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,7 +133,7 @@ def _rollouts(rank: int, world_size: int, case: str, folder: Path) -> None:
     spot = SpotTraining(
         learner, engine, TimedBoard(store, rank=rank, world_size=world_size), world,
         config=SpotConfig(
-            max_age=9, held_out_every=2, compare_first="on", judge_starts=20 if case == "idle" else 512
+            max_age=9, held_out_every=2, compare_first="on", judge_starts=12 if case == "idle" else 256
         ), is_stopped=lambda: stopped["now"], trace=NoTrace(),
     )  # fmt: skip
     for rollout in range(3):

@@ -251,16 +251,17 @@ def has_gradients(trainer) -> bool:
     return any(parameter.grad is not None for parameter in trainer.head.parameters())
 
 
-def test_a_step_that_is_stopped_is_made_of_what_it_gathered_if_that_is_enough():
+@pytest.mark.parametrize("num_looks_more", [0, 1], ids=["after a micro-step", "after a forward pass"])
+def test_a_step_that_is_stopped_is_made_of_what_it_gathered_if_that_is_enough(num_looks_more):
     micro = list(micro_batches(PIECES, 8))
     total = sum(piece.num_starts for piece in PIECES)
     made = []
-    for num_before in range(1, len(micro) + 1):
+    for num_before in range(1 - num_looks_more, len(micro) + 1 - num_looks_more):
         gathered = [piece for held in micro[:num_before] for piece in held]
         num_starts = sum(piece.num_starts for piece in gathered)
         stopped, expected, untouched = make_trainer(), make_trainer(), make_trainer()
         stopped.micro_step_starts = expected.micro_step_starts = 8
-        answers = [*[False] * (num_before - 1), True]
+        answers = [*[False] * (2 * num_before - 1 + num_looks_more), True]
         metrics = stopped.step(PIECES, should_stop=lambda answers=answers: answers.pop(0), least_frac=0.5)
         assert not answers, "it stops as soon as it is told, and asks no more"
         assert not has_gradients(stopped)

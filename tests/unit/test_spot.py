@@ -13,7 +13,7 @@ import torch
 from tests.unit.drafter_cases import make_sample, make_target, make_trainer
 from tlt.config import DrafterConfig, SpotConfig
 from tlt.drafter import trainer
-from tlt.drafter.batch import cut, stretches, whole
+from tlt.drafter.batch import cut, starts_of, stretches, whole
 from tlt.drafter.buffer import HiddenStateBuffer
 from tlt.drafter.learner import HeadLearner
 from tlt.spot.board import TailBoard
@@ -195,8 +195,8 @@ def judging(learner: Scoring, **config) -> SpotTraining:
 
 def test_the_head_that_drafts_is_judged_in_the_tail_and_the_trained_one_at_the_meeting():
     learner = Scoring(num_in_tail=100)
-    spot = judging(learner, judge_starts=100)
-    assert learner.scored == [(0, 4)], "26 drafts of each response"
+    spot = judging(learner, judge_starts=50)
+    assert learner.scored == [(0, 4)], "13 drafts of each response, at every other of its 26 tokens"
     metrics = spot.publish()
     assert learner.scored[1:] == [("candidate", 4)]
     assert metrics["spot/judges"] == 4
@@ -389,10 +389,10 @@ def test_nothing_to_train_on_returns_at_once():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("num_questions", "num_steps"), [(1, 0), (2, 0), (3, 1)])
+@pytest.mark.parametrize(("num_questions", "num_steps"), [(1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (6, 1)])
 def test_half_of_a_step_is_made_when_the_tail_ends(num_questions, num_steps):
     learner, answers, steps = make_learner(), [*[False] * (num_questions - 1), True], []
-    learner.trainer.micro_step_starts = 6  # a step has the 20 starts of two samples, in four micro-steps
+    learner.trainer.micro_step_starts = 6  # a step has the 20 starts of two samples, in four micro-steps, of two looks
     learner.train(SAMPLES, should_stop=lambda: answers.pop(0), on_step=lambda: steps.append(1))
     assert not answers
     assert len(steps) == learner.trainer.num_steps == num_steps
@@ -416,6 +416,21 @@ def test_stretches_of_all_responses_judge_the_newest_policy_first():
         (each.sample.request_id, each.first) for each in found
     ]
     assert stretches([make_sample(3, 3, seed=0)], size=8, num_starts=5, seed=0) == []
+
+
+def test_every_other_start_is_scored_as_it_is_among_all():
+    learner = make_learner()
+    tensors, samples = learner.published(), [make_sample(41, 3, seed=1), make_sample(24, 6, seed=2)]
+    ones = [one for sample in samples for one in cut(whole(sample), 1)]
+    scores = {
+        (one.sample.request_id, one.first): score for one, score in zip(ones, learner.score(ones, tensors), strict=True)
+    }
+    pieces = stretches(samples, size=5, num_starts=10_000, seed=0, step=2)
+    names = [[(piece.sample.request_id, start) for start in piece.starts] for piece in pieces]
+    every_other = {(sample.request_id, start) for sample in samples for start in starts_of(sample)[::2]}
+    assert sorted(name for each in names for name in each) == sorted(every_other)
+    expected = torch.stack([torch.stack([scores[name] for name in each]).sum() for each in names])
+    torch.testing.assert_close(learner.score(pieces, tensors), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_response_judges_once_by_all_of_its_stretches():

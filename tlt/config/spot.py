@@ -24,7 +24,7 @@ class SpotConfig:
     head."""
     held_out_every: int = 8
     """The responses of one prompt in so many are never trained on and judge new weights against those that draft."""
-    judge_starts: int = 512
+    judge_starts: int = 256
     """Drafts of held-out responses that judge, on each rank that had a tail; on all, where these have too few."""
     min_steps: int = 1
     """Optimizer steps, over all ranks, below which nothing is published."""

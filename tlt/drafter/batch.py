@@ -51,14 +51,17 @@ def whole(sample: HiddenStateSample, *, weights: torch.Tensor | None = None) -> 
 def cut(piece: Piece, max_starts: int) -> list[Piece]:
     """The same starts in pieces of nearly equal size, none above `max_starts`; [] if there are none."""
     num = -(-piece.num_starts // max_starts)
-    edges = [piece.first + piece.num_starts * index // max(num, 1) for index in range(num + 1)]
-    return [replace(piece, first=first, end=end) for first, end in zip(edges[:-1], edges[1:], strict=True)]
+    edges = [piece.num_starts * index // max(num, 1) for index in range(num + 1)]
+    parts = [piece.starts[begin:end] for begin, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [replace(piece, first=part[0], end=part[-1] + 1) for part in parts]
 
 
-def stretches(samples: Sequence[HiddenStateSample], *, size: int, num_starts: int, seed: int) -> list[Piece]:
-    """Pieces of at most `size` starts that have `num_starts` together, or all there are: of newer policies first, else
-    drawn by `seed`, from anywhere in any of the samples alike."""
-    pieces = [piece for sample in samples for piece in cut(whole(sample), size)]
+def stretches(
+    samples: Sequence[HiddenStateSample], *, size: int, num_starts: int, seed: int, step: int = 1
+) -> list[Piece]:  # fmt: skip
+    """Pieces of at most `size` starts, every `step`-th of its sample, that have `num_starts` together, or all there
+    are: of newer policies first, else drawn by `seed`, from anywhere in any of the samples alike."""
+    pieces = [piece for sample in samples for piece in cut(replace(whole(sample), step=step), size)]
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
     order.sort(key=lambda index: -pieces[index].sample.policy_version)
     found: list[Piece] = []
@@ -85,7 +88,7 @@ def pack(
         bounds.append((begin, begin + piece.end))
         last = min(piece.end + num_depths - 1, len(piece.sample.token_ids) - 2)  # end of its positions with a target
         rows.append(torch.arange(piece.first, last))
-        room.append((last - torch.arange(piece.first, piece.end)).clamp(max=num_depths))
+        room.append((last - torch.arange(piece.first, piece.end, piece.step)).clamp(max=num_depths))
     row_begins = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)[:-1].tolist()
     samples = [piece.sample for piece in pieces]
     ends = [piece.end for piece in pieces]
@@ -94,10 +97,12 @@ def pack(
         "hidden_states": [getattr(s, reads)[:end].float() for s, end in zip(samples, ends, strict=True)],
         "position_ids": [torch.arange(end) for end in ends],
         "starts": [
-            begin + torch.arange(piece.first, piece.end) for piece, (begin, _) in zip(pieces, bounds, strict=True)
+            begin + torch.arange(piece.first, piece.end, piece.step)
+            for piece, (begin, _) in zip(pieces, bounds, strict=True)
         ],
         "start_rows": [
-            begin + torch.arange(piece.num_starts) for piece, begin in zip(pieces, row_begins, strict=True)
+            begin + torch.arange(0, piece.end - piece.first, piece.step)
+            for piece, begin in zip(pieces, row_begins, strict=True)
         ],
         "room": room,
         "row_token_ids": [s.token_ids[row + 1].long() for s, row in zip(samples, rows, strict=True)],

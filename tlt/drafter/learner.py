@@ -52,7 +52,7 @@ class HeadLearner:
     def train(
         self, samples: Sequence[HiddenStateSample], *, should_stop: Callable[[], bool], on_step: Callable[[], None]
     ) -> None:
-        """Passes over the samples until `should_stop()`, asked after every micro-step; `on_step` is called after each
+        """Passes over the samples until `should_stop()`, asked twice in a micro-step; `on_step` is called after each
         optimizer step, the last of which may be of half its starts. Returns at once where no sample is long enough."""
         pieces = [piece for piece in map(whole, samples) if piece.num_starts > 0]
         if not pieces:

@@ -109,9 +109,9 @@ class DrafterTrainer:
         """Passes over all pieces until `progress()` reaches 1 or `should_stop()`.
 
         `progress` is the share done, which sets the learning rate; it is asked once before each optimizer step and
-        must return the same on all ranks. Any rank may stop all: alone at once after a micro-step, dropping what the
-        optimizer step had gathered, or making it of that where it is `least_frac` of the starts; in a group at the
-        end of the optimizer step. Collective over the group.
+        must return the same on all ranks. Any rank may stop all: alone after a micro-step or its forward pass, dropping
+        what the optimizer step had gathered, or making it of that where it is `least_frac` of the starts; in a group
+        at the end of the optimizer step. Collective over the group.
         """
         if not any(piece.num_starts for piece in pieces):
             raise ValueError("there is nothing to train on: no response has two tokens")
@@ -159,11 +159,12 @@ class DrafterTrainer:
         num_left, is_stopped = sum(piece.num_starts for piece in pieces), False
         most_left = (1 - least_frac) * num_left
         for micro in micro_batches(pieces, self.micro_step_starts):
-            for name, value in self.micro_step(micro).items():
+            added = self.micro_step(micro, should_stop=should_stop if self.group is None else None)
+            for name, value in added.items():
                 sums[name] = sums[name] + value if name in sums else value
-            num_left -= sum(piece.num_starts for piece in micro)
-            if self.group is None and should_stop():
-                is_stopped = True
+            num_left -= sum(piece.num_starts for piece in micro) if added else 0
+            is_stopped = not added or (self.group is None and should_stop())
+            if is_stopped:
                 break
         if is_stopped and num_left > most_left:
             self.optimizer.zero_grad(set_to_none=True)
@@ -192,14 +193,19 @@ class DrafterTrainer:
         device_type = self.target.output_weight.device.type
         return torch.autocast(device_type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def micro_step(self, pieces: Sequence[Piece]) -> dict[str, torch.Tensor]:
-        """Forward and backward over these pieces; gradients add up until `step` ends. Sums of the metrics."""
+    def micro_step(
+        self, pieces: Sequence[Piece], *, should_stop: Callable[[], bool] | None = None
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Forward and backward over these pieces; gradients add up until `step` ends. Sums of the metrics; {} if
+        stopped between the two: then these pieces count for nothing."""
         begin_s = time.perf_counter()
         batch = pack(
             pieces, num_depths=self.config.num_depths, reads=self.head.reads, device=self.target.output_weight.device
         )  # fmt: skip
         with self.precision():
             loss, sums = self.loss(batch)
+        if should_stop is not None and should_stop():
+            return {}
         loss.backward()
         self._adapt(len(batch.starts), time.perf_counter() - begin_s)
         return sums

@@ -31,8 +31,9 @@ LOOK_S = 0.05
 """Seconds between two looks at the board of an idle rank that finds the tail too short."""
 LEAST_JUDGES = 4
 """Responses, of which ever fewer say ever less about their own scatter."""
-STRETCH = 64
-"""Drafts that judge next to each other: neighbours say much the same, and each stretch needs the keys before it."""
+STRETCH, STRETCH_STEP = 32, 2
+"""Drafts that judge near each other, since each stretch needs the keys before it, and how far apart they begin: as many
+that are neighbours say less, twice as many little more (docs/spot.md)."""
 
 
 class NoSpotTraining:
@@ -176,7 +177,8 @@ class SpotTraining:
         before `should_stop()`."""
         held_out = self._samples(self.engine.hidden_state_samples(), are_held_out=True)
         pieces = stretches(
-            held_out, size=STRETCH, num_starts=self.config.judge_starts, seed=self.engine.policy_version
+            held_out, size=STRETCH, num_starts=self.config.judge_starts, seed=self.engine.policy_version,
+            step=STRETCH_STEP,
         )  # fmt: skip
         if not pieces:
             return NO_JUDGES
