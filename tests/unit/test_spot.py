@@ -422,9 +422,8 @@ def test_every_other_start_is_scored_as_it_is_among_all():
     learner = make_learner()
     tensors, samples = learner.published(), [make_sample(41, 3, seed=1), make_sample(24, 6, seed=2)]
     ones = [one for sample in samples for one in cut(whole(sample), 1)]
-    scores = {
-        (one.sample.request_id, one.first): score for one, score in zip(ones, learner.score(ones, tensors), strict=True)
-    }
+    names = [(one.sample.request_id, one.first) for one in ones]
+    scores = dict(zip(names, learner.score(ones, tensors), strict=True))
     pieces = stretches(samples, size=5, num_starts=10_000, seed=0, step=2)
     names = [[(piece.sample.request_id, start) for start in piece.starts] for piece in pieces]
     every_other = {(sample.request_id, start) for sample in samples for start in starts_of(sample)[::2]}

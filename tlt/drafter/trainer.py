@@ -109,9 +109,9 @@ class DrafterTrainer:
         """Passes over all pieces until `progress()` reaches 1 or `should_stop()`.
 
         `progress` is the share done, which sets the learning rate; it is asked once before each optimizer step and
-        must return the same on all ranks. Any rank may stop all: alone after a micro-step or its forward pass, dropping
-        what the optimizer step had gathered, or making it of that where it is `least_frac` of the starts; in a group
-        at the end of the optimizer step. Collective over the group.
+        must return the same on all ranks. Any rank may stop all: alone after a micro-step or its forward pass,
+        dropping what the optimizer step had gathered, or making it of that where it is `least_frac` of the starts; in
+        a group at the end of the optimizer step. Collective over the group.
         """
         if not any(piece.num_starts for piece in pieces):
             raise ValueError("there is nothing to train on: no response has two tokens")

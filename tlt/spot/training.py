@@ -32,8 +32,8 @@ LOOK_S = 0.05
 LEAST_JUDGES = 4
 """Responses, of which ever fewer say ever less about their own scatter."""
 STRETCH, STRETCH_STEP = 32, 2
-"""Drafts that judge near each other, since each stretch needs the keys before it, and how far apart they begin: as many
-that are neighbours say less, twice as many little more (docs/spot.md)."""
+"""Drafts that judge near each other, since each stretch needs the keys before it, and how far apart they begin: as
+many that are neighbours say less, twice as many little more (docs/spot.md)."""
 
 
 class NoSpotTraining:
