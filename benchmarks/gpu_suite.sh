@@ -2,7 +2,6 @@
 # Measurements that need a GPU, in stages that do not depend on each other: benchmarks/gpu_suite.sh [STAGE ...]
 # Without arguments all run. A stage that ended well for the same settings is not repeated, one that fails or takes
 # longer than LIMIT_S stops no other one, so that the suite can be called again and again for a few minutes each.
-# Not among them: the memory that CUDA graphs take.
 #   OUT          folder of results, of each stage STAGE.log, STAGE.status and what its tool writes
 #   MODEL_DIR    Hugging Face directory of the policy
 #   DRAFTER_DIR  EAGLE head of it; without one only drafters that look up are measured
@@ -11,7 +10,7 @@
 #   REDUCED      1: small counts, to see on a CPU that all of it runs; its figures mean nothing
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-stages=(environment parity lossless step_cost graphs rollout sync sleep_wake e2e)
+stages=(environment parity lossless step_cost graphs graph_memory rollout sync sleep_wake e2e)
 : "${OUT:?set OUT to the folder of results}"
 : "${MODEL_DIR:?set MODEL_DIR to the Hugging Face directory of the policy}"
 OUT="$(realpath -m "$OUT")"  # relative to where the suite was called
@@ -23,6 +22,11 @@ reduced="${REDUCED:-0}"
 arms="$([[ -n "${DRAFTER_DIR:-}" ]] && echo eagle || echo suffix)"
 drafter=()
 [[ -n "${DRAFTER_DIR:-}" ]] && drafter=("$DRAFTER_DIR")
+every="$arms:1|$arms:2|$arms:4|$arms:6"
+graph_plans=(  # strategies with graphs of one draft length, of each at each batch size, and in buckets
+    "single=$arms:6" "naive=beg-mab@1=$every"
+    "bucketed=beg-mab@1=$arms:6|$arms:4/5=$arms:4|$arms:2/17=$arms:2|$arms:1/33=$arms:1"
+)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 cd "$root"
 
@@ -32,12 +36,14 @@ if [[ $reduced == 1 ]]; then
     rl=(--train-iters 2 --rl-prompts-per-iteration 2 --rl-group-size 2 --rollout-max-response-tokens 8 --no-bf16)
     parity=(tests/unit/test_losses.py)
     lossless=(tests/unit/test_verification.py)
+    engine=(--dtype float32 --max-num-seqs 4 --num-blocks 64)
 else
     few=(--max-model-len 8192 --max-tokens 4096)
     batches=(1 2 4 8 16 32)
     rl=(--train-iters 6 --rl-prompts-per-iteration 8 --rl-group-size 8 --rollout-max-response-tokens 1024)
     parity=(tests/megatron tests/engine/test_parity.py)
     lossless=(tests/engine/test_speculation.py tests/engine/test_draft_distribution.py tests/engine/test_engine.py)
+    engine=()
 fi
 
 bench_rollout() {  # NAME STRATEGIES [FLAGS]
@@ -80,19 +86,14 @@ step_cost() {  # each engine step of fixed drafts by batch size, and the model o
 }
 
 graphs() {  # what would be captured: one strategy, all of them at each batch size, in buckets
-    "$python" - "$OUT/graphs.json" "$arms" <<'PYTHON'
+    "$python" - "$OUT/graphs.json" "${graph_plans[@]}" <<'PYTHON'
 import json, sys
 from pathlib import Path
 from tlt.spec.graph_plan import capture_sizes, captured_sizes, plan_graphs
 from tlt.spec.policy import parse_policy
-out, arm = sys.argv[1:]
-every = f"{arm}:1|{arm}:2|{arm}:4|{arm}:6"
-plans = {
-    "single": f"{arm}:6", "naive": f"beg-mab@1={every}",
-    "bucketed": f"beg-mab@1={arm}:6|{arm}:4/5={arm}:4|{arm}:2/17={arm}:2|{arm}:1/33={arm}:1",
-}
+out, *plans = sys.argv[1:]
 found = {}
-for name, text in plans.items():
+for name, text in (plan.split("=", 1) for plan in plans):
     policy, _ = parse_policy(text, "--spec-strategy")
     plan = plan_graphs(policy.arms, captured_sizes(64))
     tokens = sum(graph.num_tokens for graph in plan.target)
@@ -101,6 +102,30 @@ for name, text in plans.items():
         "captured_tokens": tokens, "capture_sizes": capture_sizes(policy, max_num_seqs=64),
     }
 Path(out).write_text(json.dumps(found, indent=1) + "\n")
+print(json.dumps(found, indent=1))
+PYTHON
+}
+
+graph_memory() {  # what graphs take beyond an engine without: each engine is a process of its own
+    local plan
+    for plan in "eager=$arms:6" "${graph_plans[@]}"; do
+        "$python" benchmarks/graph_memory.py --model "$MODEL_DIR" --strategy "${plan#*=}" \
+            --json "$OUT/graph_memory_${plan%%=*}.json" ${drafter[0]:+--drafter "${drafter[@]}"} \
+            $([[ $plan != eager=* ]] || echo --eager) ${engine[0]:+"${engine[@]}"}
+    done
+    "$python" - "$OUT" <<'PYTHON'
+import json, sys
+from pathlib import Path
+out = Path(sys.argv[1])
+used = {
+    name: json.loads((out / f"graph_memory_{name}.json").read_text())["used_bytes"]
+    for name in ("eager", "single", "naive", "bucketed")
+}
+found = {"used_bytes": used, "graph_bytes": {name: each - used["eager"] for name, each in used.items()}}
+single = found["graph_bytes"]["single"]
+if single > 0:  # nothing was captured on a CPU
+    found["ratio_to_single"] = {name: each / single for name, each in found["graph_bytes"].items()}
+(out / "graph_memory.json").write_text(json.dumps(found, indent=1) + "\n")
 print(json.dumps(found, indent=1))
 PYTHON
 }

@@ -36,6 +36,17 @@ def test_a_stage_leaves_files_and_is_not_repeated(tiny_models, tmp_path):
     assert "graphs: done before" in run(tmp_path, tiny_models["llama"], "graphs").stdout
 
 
+@pytest.mark.slow
+def test_engines_with_the_graphs_of_each_plan_are_built(tiny_models, tmp_path):
+    process = run(tmp_path, tiny_models["llama"], "graph_memory", DRAFTER_DIR="")
+    assert process.returncode == 0, process.stdout + (tmp_path / "graph_memory.log").read_text()[-3000:]
+    names = ["eager", "single", "naive", "bucketed"]
+    found = json.loads((tmp_path / "graph_memory.json").read_text())
+    assert found["graph_bytes"] == dict.fromkeys(names, 0), "a CPU has none"
+    rows = [json.loads((tmp_path / f"graph_memory_{name}.json").read_text()) for name in names]
+    assert [row["strategy"].count("suffix") for row in rows] == [1, 1, 4, 7]
+
+
 def test_a_stage_that_takes_too_long_stops_no_other(tiny_models, tmp_path):
     process = run(tmp_path, tiny_models["llama"], "environment", "graphs", LIMIT_S="0.01")
     assert process.returncode == 1
