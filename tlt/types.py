@@ -58,6 +58,17 @@ def prompt_id_of(name: str) -> str:
     return name.rpartition("#")[0]
 
 
+def drawn_prompt_id(number: int, prompt_id: str) -> str:
+    """Of a prompt that a run draws, by its number among all that it draws, from 1 on."""
+    return f"{number}:{prompt_id}"
+
+
+def draw_number(prompt_id: str) -> int | None:
+    """The number; None where the prompt was not drawn by a run."""
+    number = prompt_id.partition(":")[0]
+    return int(number) if number.isdecimal() else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpecStrategy:
     """How one engine step's drafts are made; equal on all ranks of a replica."""

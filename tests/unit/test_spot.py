@@ -21,7 +21,7 @@ from tlt.spot.judgement import NO_JUDGES, Judges
 from tlt.spot.rank_state import TRANSITIONS, Event, Rank, RankState
 from tlt.spot.training import SpotTraining, is_held_out
 from tlt.trace import NoTrace
-from tlt.types import prompt_id_of, rollout_name
+from tlt.types import drawn_prompt_id, prompt_id_of, rollout_name
 
 
 class Counters:
@@ -107,7 +107,7 @@ class Engine:
         self.policy_version = version
         for index, length in enumerate(lengths):
             sample = replace(make_sample(length, 3, seed=index), policy_version=version)
-            self.buffer.add(replace(sample, request_id=rollout_name(f"{version}:p{index // 2}", index % 2)))
+            self.buffer.add(replace(sample, request_id=rollout_name(f"v{version}:p{index // 2}", index % 2)))
 
     def hidden_state_samples(self) -> list:
         return list(self.buffer)
@@ -219,6 +219,18 @@ def test_scores_of_a_head_that_was_withdrawn_are_made_anew():
     spot.engine.drafter_version += 1
     spot.publish()
     assert [of for of, _ in learner.scored] == [0, 1, "candidate"]
+
+
+@pytest.mark.parametrize("every", [2, 3, 8])
+def test_one_of_so_many_prompts_that_are_drawn_in_a_row_judges(every):
+    sample, places = make_sample(9, 3, seed=0), []
+    for row in range(40):
+        names = [drawn_prompt_id(row * every + place + 1, "gcd/7") for place in range(every)]
+        judges = [is_held_out(replace(sample, request_id=rollout_name(name, 5)), every=every) for name in names]
+        assert sum(judges) == 1
+        places.append(judges.index(True))
+    counts = [places.count(place) for place in range(every)]
+    assert max(counts) - min(counts) <= 2, "every place judges as often"
 
 
 @pytest.mark.parametrize("are_held_out", [False, True])

@@ -10,7 +10,7 @@ from typing import Any
 from tlt.config import DataConfig, EvalConfig
 from tlt.data.jsonl import numbered_lines
 from tlt.data.source import Problem, derive_seed, parse_question, parse_source, question_key
-from tlt.types import Prompt
+from tlt.types import Prompt, drawn_prompt_id
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class PromptStream:
             if question_key(problem.question) not in self.excluded:
                 prompt = self.builder.build(problem, source.name)
                 # A file's problem comes once an epoch, and sources may be of one task: the draw number tells apart.
-                return replace(prompt, prompt_id=f"{self.num_drawn}:{prompt.prompt_id}")
+                return replace(prompt, prompt_id=drawn_prompt_id(self.num_drawn, prompt.prompt_id))
         raise ValueError(
             f"--data-train {source.name}: {MAX_DRAWS} problems in a row are held out or excluded; "
             "hold out fewer (--eval-num-prompts) or exclude fewer (--data-exclude)"

@@ -23,7 +23,7 @@ from tlt.spot.judgement import NO_JUDGES, Judges, judgement, judgement_sums
 from tlt.spot.opportunity import GainRecord, SwitchCost
 from tlt.spot.rank_state import Event, Rank, RankState
 from tlt.trace import Trace
-from tlt.types import HiddenStateSample, TailReport, prompt_id_of
+from tlt.types import HiddenStateSample, TailReport, draw_number, prompt_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ LOOK_S = 0.05
 """Seconds between two looks at the board of an idle rank that finds the tail too short."""
 LEAST_JUDGES = 4
 """Responses, of which ever fewer say ever less about their own scatter."""
+GOLDEN = 0.6180339887498949
+"""Multiples of it modulo 1 are spread evenly: no place of a row judges more often than others."""
 STRETCH, STRETCH_STEP = 32, 2
 """Drafts that judge near each other, since each stretch needs the keys before it, and how far apart they begin: as
 many that are neighbours say less, twice as many little more (docs/spot.md)."""
@@ -61,8 +63,14 @@ class NoSpotTraining:
 def is_held_out(sample: HiddenStateSample, *, every: int) -> bool:
     """Whether a response is of one in `every` prompts that no head is trained on, so that it may judge them: a
     function of the prompt's name, the same wherever and whenever asked. Siblings share much text: all of them judge or
-    none. A rank of few prompts may have no judge, or nothing else."""
-    digest = hashlib.sha256(prompt_id_of(sample.request_id).encode()).digest()
+    none. Of so many prompts that a run draws in a row exactly one judges, or an iteration of few would often have no
+    judge; a rank of few may have none all the same, or nothing else."""
+    prompt_id = prompt_id_of(sample.request_id)
+    number = draw_number(prompt_id)
+    if number is not None:
+        row, place = divmod(number - 1, every)
+        return place == int((row + 1) * GOLDEN % 1 * every)
+    digest = hashlib.sha256(prompt_id.encode()).digest()
     return int.from_bytes(digest[:4], "little") % every == 0
 
 
