@@ -318,9 +318,9 @@ def build_engine(
         outlook = Outlook(history, board.tell_remaining if is_told else lambda seconds: None)
     consolidation: Consolidation | NoConsolidation = NoConsolidation()
     if is_consolidated:
-        size = board.replica_size
-        handover = HandoverBoard(board.store, replica=board.rank // size, num_replicas=board.world_size // size)
-        consolidation = Consolidation(handover, outlook, is_replica_leader=board.rank % size == 0)
+        handover = HandoverBoard(board.store, replica=board.replica, num_replicas=board.num_replicas)
+        is_leader = board.rank % board.replica_size == 0
+        consolidation = Consolidation(handover, outlook, is_replica_leader=is_leader)
     engine = VLLMRolloutEngine(
         config.rollout,
         hf_model=config.model.hf_model,

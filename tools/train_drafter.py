@@ -105,12 +105,14 @@ class PromptFile:
         return [self._next() for _ in range(num_prompts)]
 
     def _next(self):
+        from tlt.types import drawn_prompt_id
+
         index, self.num_drawn = self.num_drawn, self.num_drawn + 1
         if index >= len(self.prompts):
             rest = len(self.prompts) - self.num_held_out
             index = self.num_held_out + (index - self.num_held_out) % rest
         prompt = self.prompts[index]
-        return replace(prompt, prompt_id=f"{self.num_drawn}:{prompt.prompt_id}")
+        return replace(prompt, prompt_id=drawn_prompt_id(self.num_drawn, prompt.prompt_id))
 
 
 def read_setup(args: argparse.Namespace) -> Setup:

@@ -15,6 +15,9 @@ import torch
 
 from tlt.types import LAST, HiddenStateSample, Piece
 
+GOLDEN = 0.6180339887498949
+"""Multiples of it modulo 1 are spread evenly, in any stretch of them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterBatch:
@@ -83,12 +86,13 @@ def pack(
     if not pieces:
         raise ValueError("a pack needs a piece")
     bounds, rows, room = [], [], []
-    for piece in pieces:
+    starts = [torch.arange(piece.first, piece.end, piece.step) for piece in pieces]
+    for piece, own in zip(pieces, starts, strict=True):
         begin = bounds[-1][1] if bounds else 0
         bounds.append((begin, begin + piece.end))
         last = min(piece.end + num_depths - 1, len(piece.sample.token_ids) - 2)  # end of its positions with a target
         rows.append(torch.arange(piece.first, last))
-        room.append((last - torch.arange(piece.first, piece.end, piece.step)).clamp(max=num_depths))
+        room.append((last - own).clamp(max=num_depths))
     row_begins = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)[:-1].tolist()
     samples = [piece.sample for piece in pieces]
     ends = [piece.end for piece in pieces]
@@ -96,14 +100,8 @@ def pack(
         "next_token_ids": [s.token_ids[1 : end + 1].long() for s, end in zip(samples, ends, strict=True)],
         "hidden_states": [getattr(s, reads)[:end].float() for s, end in zip(samples, ends, strict=True)],
         "position_ids": [torch.arange(end) for end in ends],
-        "starts": [
-            begin + torch.arange(piece.first, piece.end, piece.step)
-            for piece, (begin, _) in zip(pieces, bounds, strict=True)
-        ],
-        "start_rows": [
-            begin + torch.arange(0, piece.end - piece.first, piece.step)
-            for piece, begin in zip(pieces, row_begins, strict=True)
-        ],
+        "starts": [begin + own for own, (begin, _) in zip(starts, bounds, strict=True)],
+        "start_rows": [begin + own - own[:1] for own, begin in zip(starts, row_begins, strict=True)],
         "room": room,
         "row_token_ids": [s.token_ids[row + 1].long() for s, row in zip(samples, rows, strict=True)],
         "row_position_ids": rows,

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tlt.config.drafter import DrafterConfig
-from tlt.drafter.batch import DrafterBatch, micro_batches, pack, shuffled_steps
+from tlt.drafter.batch import GOLDEN, DrafterBatch, micro_batches, pack, shuffled_steps
 from tlt.drafter.losses import LossWeights, drafter_loss, target_distribution
 from tlt.drafter.model import EagleHead
 from tlt.drafter.unroll import Depth, unroll
@@ -158,12 +158,13 @@ class DrafterTrainer:
         sums: dict[str, torch.Tensor] = {}
         num_left, is_stopped = sum(piece.num_starts for piece in pieces), False
         most_left = (1 - least_frac) * num_left
+        is_told = should_stop if self.group is None else lambda: False
         for micro in micro_batches(pieces, self.micro_step_starts):
-            added = self.micro_step(micro, should_stop=should_stop if self.group is None else None)
+            added = self.micro_step(micro, should_stop=is_told)
             for name, value in added.items():
                 sums[name] = sums[name] + value if name in sums else value
             num_left -= sum(piece.num_starts for piece in micro) if added else 0
-            is_stopped = not added or (self.group is None and should_stop())
+            is_stopped = not added or is_told()
             if is_stopped:
                 break
         if is_stopped and num_left > most_left:
@@ -194,7 +195,7 @@ class DrafterTrainer:
         return torch.autocast(device_type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def micro_step(
-        self, pieces: Sequence[Piece], *, should_stop: Callable[[], bool] | None = None
+        self, pieces: Sequence[Piece], *, should_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Forward and backward over these pieces; gradients add up until `step` ends. Sums of the metrics; {} if
         stopped between the two: then these pieces count for nothing."""
@@ -204,7 +205,7 @@ class DrafterTrainer:
         )  # fmt: skip
         with self.precision():
             loss, sums = self.loss(batch)
-        if should_stop is not None and should_stop():
+        if should_stop():
             return {}
         loss.backward()
         self._adapt(len(batch.starts), time.perf_counter() - begin_s)
@@ -240,8 +241,7 @@ class DrafterTrainer:
         if self.config.deep_frac == 1:
             return None
         position = batch.row_position_ids[batch.start_rows].double()
-        golden = 0.6180339887498949  # multiples of it modulo 1 are spread evenly, so a share of any stretch is taken
-        return ((position + self.num_passes * 0.37) * golden) % 1.0 < self.config.deep_frac
+        return ((position + self.num_passes * 0.37) * GOLDEN) % 1.0 < self.config.deep_frac
 
     def _adapt(self, num_starts: int, seconds: float) -> None:
         """Size of the next micro-steps, by how long this one took; half way, since times scatter."""

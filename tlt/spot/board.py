@@ -23,6 +23,7 @@ class TailBoard:
         self.world_size = world_size
         self.replica_size = replica_size
         """Neighbouring ranks that decode together."""
+        self.replica, self.num_replicas = rank // replica_size, world_size // replica_size
         self.rollout = 0
         self._told_ms = 0
 
@@ -39,7 +40,7 @@ class TailBoard:
 
     def all_ended(self) -> bool:
         """Whether no replica decodes any more."""
-        return self.store.add(self._key, 0) == self.world_size // self.replica_size
+        return self.store.add(self._key, 0) == self.num_replicas
 
     def tell_remaining(self, seconds: float) -> None:
         """This rank's replica expects to decode for so long from now on."""
@@ -52,7 +53,7 @@ class TailBoard:
 
     def _is_first_of_replica(self) -> bool:
         """The ranks of a replica end together: none of them trains while another is about to say so."""
-        return self.store.add(f"{self._key}/{self.rank // self.replica_size}", 1) == 1
+        return self.store.add(f"{self._key}/{self.replica}", 1) == 1
 
     def _tell_ms(self, ms: int) -> None:
         if ms != self._told_ms:  # a counter that one rank writes holds whatever it last added up to

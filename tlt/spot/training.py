@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from tlt.config import SpotConfig
-from tlt.drafter.batch import stretches
+from tlt.drafter.batch import GOLDEN, stretches
 from tlt.parallel import Parallel
 from tlt.protocols import DrafterLearner, RolloutEngine
 from tlt.spot.board import TailBoard
@@ -31,8 +31,6 @@ LOOK_S = 0.05
 """Seconds between two looks at the board of an idle rank that finds the tail too short."""
 LEAST_JUDGES = 4
 """Responses, of which ever fewer say ever less about their own scatter."""
-GOLDEN = 0.6180339887498949
-"""Multiples of it modulo 1 are spread evenly: no place of a row judges more often than others."""
 STRETCH, STRETCH_STEP = 32, 2
 """Drafts that judge near each other, since each stretch needs the keys before it, and how far apart they begin: as
 many that are neighbours say less, twice as many little more (docs/spot.md)."""
@@ -69,7 +67,7 @@ def is_held_out(sample: HiddenStateSample, *, every: int) -> bool:
     number = draw_number(prompt_id)
     if number is not None:
         row, place = divmod(number - 1, every)
-        return place == int((row + 1) * GOLDEN % 1 * every)
+        return place == int((row + 1) * GOLDEN % 1 * every)  # no place judges more often than others
     digest = hashlib.sha256(prompt_id.encode()).digest()
     return int.from_bytes(digest[:4], "little") % every == 0
 
