@@ -280,7 +280,6 @@ def write(args: argparse.Namespace, found: Sequence[MeasuredRun]) -> str:
 
 def main(argv: Sequence[str] | None = None, launch: Launch = torchrun) -> int:
     args = arguments(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     text = ""
     try:
         check(args)
@@ -296,4 +295,5 @@ def main(argv: Sequence[str] | None = None, launch: Launch = torchrun) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
