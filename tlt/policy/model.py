@@ -29,13 +29,17 @@ logger = logging.getLogger(__name__)
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:
-    """Resolve --transformer-impl on this machine. Raises ValueError where it asks for what is not installed."""
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if model.transformer_impl == "transformer_engine" and not (installed and torch.cuda.is_available()):
+    """Resolve --transformer-impl on this machine. Raises ValueError where it asks for what is not there.
+
+    In float32 the local layers compute: Transformer Engine multiplies in TF32, and attends without its fast kernels.
+    """
+    is_there = importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available() and model.bf16
+    if model.transformer_impl == "transformer_engine" and not is_there:
         raise ValueError(
-            "--transformer-impl transformer_engine needs a GPU and the package transformer-engine; use local or auto"
+            "--transformer-impl transformer_engine needs a GPU, the package transformer-engine and --bf16; use local "
+            "or auto"
         )
-    return model.transformer_impl != "local" and installed and torch.cuda.is_available()
+    return model.transformer_impl != "local" and is_there
 
 
 def transformer_config(hf_config: dict, model: ModelConfig) -> TransformerConfig:
@@ -183,6 +187,11 @@ def build_policy_model(hf_config: dict, model: ModelConfig, parallel: Parallel) 
         rope_scaling_factor=rope.get("factor", 8.0),
     )
     stage.transformer_engine = transformer_engine
+    for parameter in stage.parameters():
+        if not getattr(parameter, "allreduce", True):
+            # A whole expert: no two tensor-parallel ranks have the same one, but Megatron leaves what has no mark out
+            # of the gradient's norm on all ranks but the first, and Transformer Engine's grouped layers set none.
+            parameter.tensor_model_parallel = True
     return stage.to(device=parallel.device, dtype=config.params_dtype)
 
 
