@@ -14,6 +14,7 @@ def convert(hf_model: Path, save: Path, *, tp: int, pp: int) -> None:
     from megatron.core import dist_checkpointing
 
     from tlt.config import read_hf_config, require
+    from tlt.policy.checkpoint import stored_tensors
     from tlt.policy.model import build_policy_model, uses_transformer_engine
     from tlt.run_state import TRACKER
     from tlt.weight_sync.gather import PolicyWeights
@@ -29,7 +30,7 @@ def convert(hf_model: Path, save: Path, *, tp: int, pp: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     parallel.barrier()
-    dist_checkpointing.save({"model": stage.sharded_state_dict()}, str(partial))
+    dist_checkpointing.save({"model": stored_tensors(stage)}, str(partial))
     parallel.barrier()
     if parallel.rank == 0:
         partial.rename(final)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from tests.distributed.ranks import run_ranks
 from tests.distributed.trainer_cases import make_batch, make_trainer
@@ -226,6 +227,10 @@ def test_no_gradient_crosses_sequences_of_a_pack(tiny_models, kind):
     run_ranks(_packed_gradient, 1, tiny_models[kind])
 
 
+def _unpickles(planner, read_item, value) -> None:
+    raise AssertionError(f"{read_item.storage_index.fqn} is no tensor: torch would unpickle it")
+
+
 def _saves_and_loads(rank: int, world_size: int, folder: Path, checkpoint: Path, case: dict, expected: Path) -> None:
     trainer = make_trainer(
         folder,
@@ -240,8 +245,11 @@ def _saves_and_loads(rank: int, world_size: int, folder: Path, checkpoint: Path,
         if rank == 0:
             checkpoint.mkdir()
         trainer.parallel.barrier()
+        trainer.optimizer_offload.to_host()  # as on a GPU that the engine has
         trainer.save(checkpoint)
+        trainer.optimizer_offload.to_device()
     else:
+        DefaultLoadPlanner.load_bytes = _unpickles
         trainer.load(checkpoint)
     metrics = trainer.train_step(make_batch(seed=1))
     weights = {name: tensor.clone() for name, tensor in trainer.named_hf_tensors()}
@@ -266,6 +274,39 @@ def test_training_on_from_a_checkpoint_is_bit_exact(tiny_models, tmp_path, world
     run_ranks(_saves_and_loads, world_size, *arguments, {**layout, "save": True}, tmp_path / "expected.pt")
     loading = {**layout, "save": False, "tolerance": 0.0}
     run_ranks(_saves_and_loads, world_size, *arguments, loading, tmp_path / "expected.pt")
+
+
+def _refuses_another_optimizer(rank: int, world_size: int, folder: Path, checkpoint: Path) -> None:
+    trainer = make_trainer(folder)
+    trainer.train_step(make_batch(seed=0))
+    checkpoint.mkdir()
+    trainer.save(checkpoint)
+    common = torch.load(checkpoint / "common.pt")
+    assert common["optimizer_class"] == "AdamW"
+    torch.save(common | {"optimizer_class": "FusedAdam"}, checkpoint / "common.pt")
+    with pytest.raises(ValueError, match="has the state of the optimizer FusedAdam, this run has AdamW"):
+        trainer.load(checkpoint)
+    del common["optimizer_class"]  # a checkpoint of before it was written
+    torch.save(common, checkpoint / "common.pt")
+    trainer.load(checkpoint)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tiny_models, tmp_path):
+    run_ranks(_refuses_another_optimizer, 1, tiny_models["llama"], tmp_path / "checkpoint")
+
+
+def _experts_are_marked(rank: int, world_size: int, folder: Path) -> None:
+    stage = make_trainer(folder, tp=2, ep=2).stage
+    experts = [name for name, each in stage.named_parameters() if ".experts." in name]
+    assert experts
+    for name, each in stage.named_parameters():
+        if name in experts:
+            assert not each.allreduce, name
+            assert each.tensor_model_parallel, "counted in the gradient's norm on each tensor-parallel rank"
+
+
+def test_whole_experts_count_on_every_rank(tiny_models):
+    run_ranks(_experts_are_marked, 2, tiny_models[EXPERTS])
 
 
 @pytest.mark.parametrize("layout", [{"ep": 2}, {"ep": 2, "bf16": True, "do": True}])

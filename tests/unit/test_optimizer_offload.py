@@ -1,5 +1,6 @@
 """State that leaves the device and comes back in place; the CPU stands for the device."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,28 @@ def test_state_is_freed_and_comes_back_as_it_was(master):
         assert all(map(torch.equal, (*kept, *parameters), expected))
     inner.step()
     assert not any(map(torch.equal, parameters, expected[len(kept) :])), "AdamW goes on with it"
+
+
+@pytest.mark.parametrize("master", [True, False])
+def test_state_can_be_read_on_the_host(master):
+    model, optimizer, kept = stepped(master)
+    inner = optimizer.chained_optimizers[0].optimizer
+    tensors = [*kept, *inner.param_groups[0]["params"]]
+    expected = [tensor.detach().clone() for tensor in tensors]
+    offload = OptimizerOffload(optimizer, model, torch.device("cpu"))
+    with offload.readable():
+        assert all(map(torch.equal, tensors, expected)), "nothing was moved"
+    offload.to_host()
+    for error in (None, KeyError):
+        with contextlib.suppress(KeyError), offload.readable():
+            assert all(map(torch.equal, tensors, expected))
+            if error:
+                raise error
+        assert all(tensor.untyped_storage().nbytes() == 0 for tensor in kept)
+    offload.to_device()
+    assert all(map(torch.equal, tensors, expected))
+    inner.step()
+    assert not any(map(torch.equal, inner.param_groups[0]["params"], expected[len(kept) :])), "AdamW goes on with it"
 
 
 def test_host_memory_is_kept_from_one_time_to_the_next():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -12,18 +13,26 @@ from megatron.core.transformer import MegatronModule
 
 from tlt.policy.metadata import check_metadata
 
-OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Layout of a distributed optimizer's state that does not depend on the number of data-parallel ranks."""
+OPTIMIZER_SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True,
+}  # fmt: skip
+"""Layout of a distributed optimizer's state that does not depend on the number of data-parallel ranks. It is gathered
+on the first of them, through host memory; else all would hold all of it, and twice as much on their devices."""
+EXTRA_STATE = "_extra_state"
+"""End of the names of what is no tensor: torch would unpickle it as it stands. Without FP8 it holds nothing, and which
+modules have one differs between Megatron's own layers and Transformer Engine's."""
+OPTIMIZER = "optimizer_class"
 
 
 def save_policy(
     folder: Path, model: MegatronModule, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
 ) -> None:
     """Write model, optimizer and schedule to an empty folder. Collective over all ranks; all must call."""
-    model_state = model.sharded_state_dict()
+    model_state = stored_tensors(model)
     state = {
         "model": model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, metadata=OPTIMIZER_SHARDING),
+        OPTIMIZER: optimizer_class(optimizer),
         "scheduler": scheduler.state_dict(),
     }
     dist_checkpointing.save(state, str(folder), content_metadata=OPTIMIZER_SHARDING)
@@ -32,21 +41,41 @@ def save_policy(
 def load_policy(
     folder: Path, model: MegatronModule, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
 ) -> None:
-    """Read what `save_policy` wrote, at this layout. ValueError for a folder that may not be read. Collective over all
-    ranks; all must call."""
+    """Read what `save_policy` wrote, at this layout. ValueError for a folder that may not be read, or of another
+    optimizer. Collective over all ranks; all must call."""
     check_metadata(folder)
+    stored, own = load_common_state_dict(str(folder)).get(OPTIMIZER), optimizer_class(optimizer)
+    if stored not in (None, own):  # None: of before it was written
+        raise ValueError(
+            f"{folder} has the state of the optimizer {stored}, this run has {own}: resume where Transformer Engine "
+            "and apex are installed as they were, or begin from the weights (tools/convert_mcore_to_hf.py)"
+        )
     _begin_adam_state(optimizer)
-    model_state = model.sharded_state_dict()
+    model_state = stored_tensors(model)
     state = {
         "model": model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=OPTIMIZER_SHARDING),
         "scheduler": scheduler.state_dict(),
     }
     state = dist_checkpointing.load(state, str(folder))
-    model.load_state_dict(state["model"])
+    found = model.load_state_dict(state["model"], strict=False)
+    wrong = [name for name in (*found.missing_keys, *found.unexpected_keys) if not name.endswith(EXTRA_STATE)]
+    if wrong:
+        raise ValueError(f"{folder} lacks weights of the policy, or has others: {', '.join(wrong)}")
     optimizer.load_state_dict(state["optimizer"])
     _own_adam_steps(optimizer)
     scheduler.load_state_dict(state["scheduler"])
+
+
+def stored_tensors(model: MegatronModule) -> dict:
+    """Of a model, what a checkpoint holds: its tensors, by name."""
+    return {name: each for name, each in model.sharded_state_dict().items() if not name.endswith(EXTRA_STATE)}
+
+
+def optimizer_class(optimizer: MegatronOptimizer) -> str:
+    """Name of what computes the updates: torch's AdamW and fused ones, which Megatron takes where they are installed,
+    do not read each other's state."""
+    return ", ".join(sorted({type(part.optimizer).__name__ for part in optimizer.chained_optimizers}))
 
 
 def _adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, dict]]:

@@ -6,6 +6,7 @@ every step waits for. Here storages are emptied and filled in place: whatever lo
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -49,6 +50,21 @@ class OptimizerOffload:
             _bytes_of(storage).copy_(host)
             self._spare.setdefault(len(host), []).append(host)
         self._moved = []
+
+    @contextmanager
+    def readable(self) -> Iterator[None]:
+        """What was moved may be read as long as the context lasts: its tensors are those on the host."""
+        hosts = {storage._cdata: host for storage, host in self._moved}
+        moved = [each for each in self._tensors() if each.untyped_storage()._cdata in hosts]
+        freed = [each.data for each in moved]
+        for each in moved:
+            host = hosts[each.untyped_storage()._cdata].untyped_storage()
+            each.data = torch.empty(0, dtype=each.dtype).set_(host, each.storage_offset(), each.shape, each.stride())
+        try:
+            yield
+        finally:
+            for each, data in zip(moved, freed, strict=True):
+                each.data = data
 
     def _host_memory(self, num_bytes: int) -> torch.Tensor:
         is_pinned = self.device.type == "cuda" and self._num_pinned_bytes + num_bytes <= PINNED_BYTES

@@ -255,9 +255,10 @@ class MegatronPolicyTrainer:
         )
 
     def save(self, folder: Path) -> None:
-        """Write model, optimizer and schedule. Collective over all ranks; all must call."""
-        self.onload()
-        save_policy(folder, self.stage, self.optimizer, self.scheduler)
+        """Write model, optimizer and schedule, from wherever they are: an engine that is awake has the device.
+        Collective over all ranks; all must call."""
+        with self.optimizer_offload.readable():
+            save_policy(folder, self.stage, self.optimizer, self.scheduler)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, at any parallel layout. Collective over all ranks; all must call."""
