@@ -7,7 +7,7 @@ to the host in one copy; where a draft ends early, what was drafted behind it is
 than waiting for what decides about it.
 
 Shapes: B requests, padded to S of a captured size; W positions at most that a graph catches up with; K draft tokens at
-most; M blocks of a request. Padding computes at position 0 of block 0, which vLLM gives to nobody.
+most. Padding computes at position 0 of block 0, which vLLM gives to nobody.
 """
 
 import time
@@ -25,18 +25,20 @@ from tlt.spec.randomness import DRAFT, TOKEN
 BEST = -1
 """In the place of a stream: the most probable token."""
 STREAMS = {ONE_HOT: BEST, COUPLED: TOKEN, SAMPLED: DRAFT}
+NO_ROW = -1
+"""Row of the engine's batch that padding has."""
 WARM_UPS = 2
-"""Runs before a capture, in which libraries and kernels allocate and compile what a capture must not."""
+"""Runs before a capture."""
 
 
 class Inputs:
     """What the host says about S requests: one array of int64, one copy to the device."""
 
-    def __init__(self, size: int, *, window: int, num_blocks: int, device: torch.device):
+    def __init__(self, size: int, *, window: int, device: torch.device):
         shapes = {
             "next_tokens": (size, window), "position": (size, window), "slots": (size, window), "last": (size,),
             "seeds": (size,), "num_tokens": (size,), "asked": (size,), "streams": (size,), "scales": (size,),
-            "block_table": (size, num_blocks),
+            "rows": (size,),
         }  # fmt: skip
         length = sum(int(np.prod(shape)) for shape in shapes.values())
         self._host = torch.zeros(length, dtype=torch.int64, pin_memory=device.type != "cpu")
@@ -60,6 +62,7 @@ class Inputs:
         self.host_num_tokens[:] = 2
         self.host_streams[:] = BEST
         self.host_scales[:] = 1.0
+        self.host_rows[:] = NO_ROW
 
     def send(self) -> None:
         """To the device; the host's side may be written again once an output has come back."""
@@ -70,13 +73,12 @@ class Passes:
     """One captured batch size: buffers, and the two passes that work on them."""
 
     def __init__(
-        self, drafter: LearnedDrafter, size: int, *, num_tokens: int, num_blocks: int, race: Callable,
-        probs: torch.Tensor,
+        self, drafter: LearnedDrafter, size: int, *, num_tokens: int, race: Callable, probs: torch.Tensor,
     ):  # fmt: skip
         self.drafter = drafter
         self.race = race
         device = drafter.runner.device
-        self.inputs = Inputs(size, window=num_tokens + 1, num_blocks=num_blocks, device=device)
+        self.inputs = Inputs(size, window=num_tokens + 1, device=device)
         hidden_size = drafter.head.shape.hidden_size
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.token = torch.zeros(size, dtype=torch.int64, device=device)
@@ -84,12 +86,15 @@ class Passes:
         self.drafted = torch.zeros(2, num_tokens, size, dtype=torch.int64, device=device)
         """Tokens, and the bits of their probabilities in float64."""
         self.probs = probs  # [K, S, V_draft]
-        self.replay: tuple[Callable[[], None], Callable[[], None]] = (self.first, self.more)
+        self.block_table = torch.zeros(size, drafter.pool.num_blocks_of_row, dtype=torch.int32, device=device)
+        self.passes = (self.first, self.more)[:num_tokens]  # a draft of one token has no second pass
+        self.replay: Sequence[Callable[[], None]] = self.passes
 
     def first(self) -> None:
         """Catch up, and draft a token."""
         own, drafter = self.inputs, self.drafter
         self.step.zero_()
+        self.block_table.copy_(drafter.pool.table_on_device(own.rows.clamp(min=0)) * (own.rows != NO_ROW)[:, None])
         slots = own.slots.flatten()
         hidden = drafter.passes.fuse(drafter.pool.at(drafter.head.reads, slots))
         self._pass(own.next_tokens.flatten(), hidden, own.position.flatten(), slots, own.num_tokens - 1, own.last)
@@ -100,7 +105,7 @@ class Passes:
         position = own.num_tokens - 2 + self.step
         goes_on = self.step < own.asked
         position = torch.where(goes_on, position, 0)
-        block = own.block_table.gather(1, (position // block_size)[:, None]).squeeze(1)
+        block = self.block_table.gather(1, (position // block_size)[:, None]).squeeze(1)
         slots = torch.where(goes_on, block * block_size + position % block_size, 0)
         self._pass(self.token, self.hidden, position, slots, position + 1, None)
 
@@ -108,9 +113,8 @@ class Passes:
         self, tokens: torch.Tensor, hidden: torch.Tensor, position: torch.Tensor, slots: torch.Tensor,
         seq_lens: torch.Tensor, rows: torch.Tensor | None,
     ) -> None:  # fmt: skip
-        block_table = self.inputs.block_table.int()
         self.hidden.copy_(
-            self.drafter.forward(tokens, hidden, position, slots, block_table, seq_lens.int(), rows=rows)
+            self.drafter.forward(tokens, hidden, position, slots, self.block_table, seq_lens.int(), rows=rows)
         )  # fmt: skip
         self._choose()
 
@@ -127,22 +131,21 @@ class Passes:
         self.probs.index_copy_(0, self.step, probs[None])
         self.step += 1
 
-    def capture(self, pool: Any) -> None:
-        """Replace both passes by their graphs."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self.first()
-                self.more()
-        torch.cuda.current_stream().wait_stream(stream)
+    def warm_up(self) -> None:
+        """Let libraries and kernels allocate and compile what a capture must not."""
+        for _ in range(WARM_UPS):
+            for one in self.passes:
+                one()
+
+    def capture(self, pool: Any, stream: Any) -> None:
+        """Replace the passes by their graphs."""
         graphs = []
-        for one in (self.first, self.more):
+        for one in self.passes:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 one()
             graphs.append(graph)
-        self.replay = (graphs[0].replay, graphs[1].replay)
+        self.replay = [graph.replay for graph in graphs]
 
 
 class DraftGraphs:
@@ -160,24 +163,36 @@ class DraftGraphs:
     def _of_size(self, num_requests: int) -> Passes:
         """Captured with the first draft, whose time it is counted to, all sizes together."""
         if not self._passes:
-            num_blocks = self.drafter.pool.block_table(torch.tensor([0])).shape[1]
-            # The largest first: the smaller ones find their memory in the pool that it left.
-            pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
             # One draft is live at a time: all sizes write their probabilities to the same place.
             ids, vocabulary = self.drafter.head.draft_token_ids, self.drafter.runner.get_model().config.vocab_size
             num_columns = vocabulary if ids is None else len(ids)
             probs = torch.zeros(
                 self.num_tokens, self.sizes[-1], num_columns, device=self.drafter.runner.device
             )  # fmt: skip
-            for size in reversed(self.sizes):
-                passes = Passes(
-                    self.drafter, size, num_tokens=self.num_tokens, num_blocks=num_blocks, race=self.race,
-                    probs=probs[:, :size],
+            for size in self.sizes:
+                self._passes[size] = Passes(
+                    self.drafter, size, num_tokens=self.num_tokens, race=self.race, probs=probs[:, :size]
                 )  # fmt: skip
-                if torch.cuda.is_available():
-                    passes.capture(pool)
-                self._passes[size] = passes
+            if torch.cuda.is_available() and not self.drafter.runner.model_config.enforce_eager:
+                self._capture()
         return self._passes[next(size for size in self.sizes if size >= num_requests)]
+
+    def _capture(self) -> None:
+        """Of all sizes; the ranks of a replica, which draft together, come here together."""
+        from vllm.distributed.parallel_state import graph_capture
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for passes in self._passes.values():
+                passes.warm_up()
+        torch.cuda.current_stream().wait_stream(stream)
+        pool = torch.cuda.graph_pool_handle()
+        # Inside of this context vLLM's all-reduce remembers the buffers that graphs read, and tells them to the other
+        # ranks at its end. The largest first: the smaller ones find their memory in the pool that it left.
+        with graph_capture(device=self.drafter.runner.device) as context:
+            for size in reversed(self.sizes):
+                self._passes[size].capture(pool, context.stream)
 
     def begin(self, requests: Sequence[DraftRequest], kinds: Sequence[str]) -> "DraftedAtOnce":
         """Draft as many tokens as any of the requests asks for."""
@@ -193,7 +208,6 @@ class DraftGraphs:
         if len(late):  # the first draft of a request, or the first after others drafted or none did
             drafter.catch_up([requests[index] for index in late])
             begins[late] = ends[late] - 1
-        table, size = drafter.pool.block_table(torch.from_numpy(rows)).numpy(), drafter.pool.block_size
         own = passes.inputs
         own.clear()
         position = begins[:, None] + np.arange(self.window)
@@ -201,21 +215,19 @@ class DraftGraphs:
         position = np.where(is_real, position, 0)
         own.host_position[:count] = position
         own.host_next_tokens[:count] = drafter.runner.input_batch.token_ids_cpu[rows[:, None], position + 1]
-        slots = np.take_along_axis(table, position // size, 1).astype(np.int64) * size + position % size
-        own.host_slots[:count] = np.where(is_real, slots, 0)
+        own.host_slots[:count] = np.where(is_real, drafter.pool.slots_of_rows(rows, position), 0)
         own.host_last[:count] += ends - begins - 1
         own.host_seeds[:count] = [request.seed for request in requests]
         own.host_num_tokens[:count] = ends + 1
         own.host_asked[:count] = asked
         own.host_streams[:count] = [STREAMS[kind] for kind in kinds]
         own.host_scales[:count] = [request.temperature if request.temperature > 0 else 1.0 for request in requests]
-        own.host_block_table[:count] = table
+        own.host_rows[:count] = rows
         own.send()
         depth = int(asked.max())
-        first, more = passes.replay
-        first()
+        passes.replay[0]()
         for _ in range(depth - 1):
-            more()
+            passes.replay[1]()
         drafted = passes.drafted[:, :depth, :count].cpu()
         drafter.caught_up(requests)
         confidences = drafted[1].numpy().view(np.float64)

@@ -8,6 +8,7 @@ Nobody allocates or frees here: the engine's block tables say where a request's 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -44,6 +45,20 @@ class TokenPool:
     def block_table(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, blocks] int32, CPU: of these rows of the batch."""
         return self.table.get_cpu_tensor()[rows]
+
+    def table_on_device(self, rows: torch.Tensor) -> torch.Tensor:
+        """[B, blocks] int32, as of the engine step before: of [B] rows on the device, where nothing waits for it."""
+        return self.table.get_device_tensor(self.table.max_num_reqs).index_select(0, rows)
+
+    @property
+    def num_blocks_of_row(self) -> int:
+        """Columns of a block table."""
+        return self.table.get_cpu_tensor().shape[1]
+
+    def slots_of_rows(self, rows: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """[B, W] int64: slots of [B, W] positions of the requests at [B] rows of the batch."""
+        blocks = self.table.get_numpy_array()[rows[:, None], position // self.block_size].astype(np.int64)
+        return blocks * self.block_size + position % self.block_size
 
     def slots(self, block_table: torch.Tensor, index: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """[T] int64: slot of each position of the request at `index` of `block_table`."""
