@@ -12,6 +12,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -43,6 +44,8 @@ def _rank_main(rank, fn, world_size, folder, args):
 
 def run_ranks(fn, world_size: int, *args) -> None:
     """Call `fn(rank, world_size, *args)` in `world_size` processes; `fn` must be importable (top level)."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs, {torch.cuda.device_count()} are here")
     with tempfile.TemporaryDirectory() as folder:
         try:
             mp.start_processes(

@@ -15,11 +15,13 @@ from tlt.rollout.vllm.engine import VLLMRolloutEngine
 from tlt.rollout.vllm.speculation import read_spec_plan
 from tlt.types import Prompt, Rollout, RolloutGroup, SamplingConfig
 
+EXACT = "bfloat16" if torch.cuda.is_available() else "float32"
+"""Heads attend in 16 bits on a GPU."""
 EOS = 258  # <|im_end|> of tests/tiny_models.py
 
 
 def make_engine(
-    folder: Path, *, dtype: str = "float32", should_stop: Callable[[], bool] = lambda: False,
+    folder: Path, *, dtype: str = EXACT, should_stop: Callable[[], bool] = lambda: False,
     spec: SpecConfig | None = None, history_mib: int = 0, is_trained: bool = False, **config,
 ) -> VLLMRolloutEngine:  # fmt: skip
     """Collective over all ranks; all must call."""
