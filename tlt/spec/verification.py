@@ -38,7 +38,7 @@ def verify(
 ) -> torch.Tensor:
     """[B, max(n_b) + 1] tokens: the drafts that stand, the token that follows, then REJECTED."""
     counts = torch.tensor(num_draft_tokens, device=drawn.device)
-    width = int(counts.max()) + 1
+    width = max(num_draft_tokens) + 1
     if width == 1:
         return drawn[:, None]
     step = torch.arange(width, device=drawn.device)

@@ -19,6 +19,8 @@ from tlt.spec.verification import REJECTED, SampledDrafts, draft_rows, reject, v
 
 ENTROPY, MAX_PROB = -1, -2
 """Token ids, which no token has, under which a token's entropy (nats) and largest probability are reported."""
+LEAST_LOGIT = -1e4
+"""Below the best one, where float32 has no probability left by far."""
 NUM_COLUMNS = 2
 """`logprobs` of SamplingParams that makes room for them."""
 
@@ -29,9 +31,11 @@ class PositionSampler:
     def __init__(self, runner: Any, ledger: DraftLedger):
         self.runner = runner
         self.ledger = ledger
+        vocabulary = runner.model_config.get_vocab_size()
         runner._sample = self.sample
-        # Compiled now: it would fall into the first engine step.
-        race(torch.ones(1, 1, device=runner.device), [0], [0], stream=TOKEN)
+        self.names = torch.tensor([ENTROPY, MAX_PROB], dtype=torch.int32, device=runner.device)
+        # Compiled now, for rows of this width: it would fall into the first engine step.
+        race(torch.full((1, vocabulary), 1 / vocabulary, device=runner.device), [0], [0], stream=TOKEN)
 
     def sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
         """Tokens [B, drafts + 1] (REJECTED behind the last) and their logprobs, as the runner's own `_sample`."""
@@ -121,9 +125,8 @@ class PositionSampler:
         step = torch.minimum(torch.arange(tokens.shape[1], device=tokens.device), lengths[:, None] - 1)
         row = ((torch.cumsum(lengths, 0) - lengths)[:, None] + step).flatten()
         flat = tokens.flatten().masked_fill(tokens.flatten() == REJECTED, 0)
-        names = torch.tensor([ENTROPY, MAX_PROB], device=tokens.device)
         return LogprobsTensors(
-            torch.cat([flat[:, None], names.expand(len(flat), -1)], dim=1).to(torch.int32),
+            torch.cat([flat[:, None].int(), self.names.expand(len(flat), -1)], dim=1),
             torch.stack([scaled[row, flat] - log_norm[row], entropy[row], max_prob[row]], dim=1),
             torch.zeros(len(flat), dtype=torch.int64, device=tokens.device),
         )
@@ -134,6 +137,5 @@ def statistics(logits: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor,
     the logits' softmax, so no exponential is computed twice. Removed tokens have a logit of minus infinity."""
     best, max_prob = logits.amax(1), probs.amax(1)
     below = logits - best[:, None]  # sums of small terms lose no digits
-    is_cut = bool(torch.isinf(below.amin(1)).any())
-    terms = torch.where(probs > 0, below * probs, 0.0) if is_cut else below.mul_(probs)
+    terms = below.clamp_(min=LEAST_LOGIT).mul_(probs)  # minus infinity times nothing would be NaN
     return best - max_prob.log(), -max_prob.log() - terms.sum(1), max_prob
