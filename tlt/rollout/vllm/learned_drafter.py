@@ -24,8 +24,9 @@ from tlt.spec.race import confidence, race_with_leads
 from tlt.spec.randomness import DRAFT, TOKEN
 from tlt.types import prompt_id_of
 
-COMPARE_INTERVAL = 16
-"""Drafts between two whose probabilities are kept to compare the kinds of drafts."""
+COMPARE_INTERVAL, NUM_COMPARED = 16, 4
+"""Drafts between two of which probabilities are kept to compare the kinds of drafts, and of how many requests: each
+keeps rows of the vocabulary until it is verified."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,12 +209,12 @@ class LearnedDrafter:
         if not requests:
             return {}
         self._num_passes += 1
-        is_compared = self._num_passes % COMPARE_INTERVAL == 0
+        compared = self._compared(len(requests))
         # What is greedy has but one best token.
         kinds = [self.kinds.choose(each.temperature) if each.temperature > 0 else ONE_HOT for each in requests]
         is_kept = [
-            each.temperature > 0 and (is_compared or kind == SAMPLED)
-            for each, kind in zip(requests, kinds, strict=True)
+            each.temperature > 0 and (row in compared or kind == SAMPLED)
+            for row, (each, kind) in enumerate(zip(requests, kinds, strict=True))
         ]
         self.limit.begin(self.name, requests)
         chain = self.chain(requests, kinds)
@@ -246,6 +247,13 @@ class LearnedDrafter:
             )
             for row, request in enumerate(requests)
         }
+
+    def _compared(self, num_requests: int) -> set[int]:
+        """Of the present draft; requests take turns."""
+        turn, since_last = divmod(self._num_passes, COMPARE_INTERVAL)
+        if since_last:
+            return set()
+        return {(turn * NUM_COMPARED + index) % num_requests for index in range(NUM_COMPARED)}
 
     def num_cached(self, request: DraftRequest) -> int:
         """Of its positions the first so many have keys and values in this head's cache."""

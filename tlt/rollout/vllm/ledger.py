@@ -123,28 +123,37 @@ class DraftLedger:
         standing = ((tokens != REJECTED).sum(1) - 1).tolist()
         best = probs.amax(1).tolist()  # of all rows at once: each copy from a device waits for it
         first_row = 0
+        compared: dict[str, list[tuple[Proposal, torch.Tensor]]] = defaultdict(list)  # by drafter
         for request_id, count, accepted in zip(request_ids, counts, standing, strict=True):
             if count:
                 rows = slice(first_row, first_row + min(accepted + 1, count))
-                self._count(request_id, count, accepted, probs[rows], best[rows])
+                proposal = self.proposals[request_id]
+                self._count(proposal, count, accepted, best[rows])
+                if proposal.draft_probs is not None:
+                    compared[proposal.drafter].append((proposal, probs[rows]))
             first_row += count + 1
+        for own in compared.values():
+            self._compare(own)
 
-    def _count(self, request_id: str, count: int, accepted: int, decided: torch.Tensor, best: Sequence[float]) -> None:
-        proposal = self.proposals[request_id]
-        stats, request = self.stats[proposal.drafter], self.requests[proposal.request_name]
+    def _count(self, proposal: Proposal, count: int, accepted: int, best: Sequence[float]) -> None:
         max_probs = sum(best)
-        stats.count(count, accepted, max_probs)
+        self.stats[proposal.drafter].count(count, accepted, max_probs)
         self.step.count(count, accepted, max_probs)
-        if proposal.draft_probs is not None:
-            columns = decided if proposal.draft_token_ids is None else decided[:, proposal.draft_token_ids]
-            rates = {
-                kind: float(rate.sum())
-                for kind, rate in standing_rates(columns, proposal.draft_probs[: len(decided)]).items()
-            }
-            stats.compare(rates, len(decided))
-            self.on_compared(proposal, rates, len(decided))
-        request.count(count, accepted)
+        self.requests[proposal.request_name].count(count, accepted)
         self.on_verified(proposal, accepted)
+
+    def _compare(self, decided: Sequence[tuple[Proposal, torch.Tensor]]) -> None:
+        """Of one drafter's proposals, each with the policy's [N, V] where its tokens were decided: what each kind of
+        draft would have been accepted with, of all at once, since each copy from a device waits for it."""
+        ids = decided[0][0].draft_token_ids
+        policy = torch.cat([rows for _, rows in decided])
+        drafts = torch.cat([one.draft_probs[: len(rows)] for one, rows in decided])
+        rates = standing_rates(policy if ids is None else policy[:, ids], drafts)
+        by_proposal = torch.stack(list(rates.values())).cpu().split([len(rows) for _, rows in decided], dim=1)
+        for (proposal, _), own in zip(decided, by_proposal, strict=True):
+            sums = dict(zip(rates, own.sum(1).tolist(), strict=True))
+            self.stats[proposal.drafter].compare(sums, own.shape[1])
+            self.on_compared(proposal, sums, own.shape[1])
 
 
 def spread(proposal: Proposal, vocab_size: int) -> torch.Tensor:
