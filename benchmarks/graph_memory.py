@@ -49,6 +49,7 @@ def main() -> None:
 
     from tlt.config import RolloutConfig, SpecConfig, read_hf_config
     from tlt.rollout.vllm.speculation import read_spec_plan
+    from tlt.types import Prompt, SamplingConfig
 
     start_ranks()
     plan = read_spec_plan(
@@ -60,6 +61,11 @@ def main() -> None:
         num_gpu_blocks_override=args.num_blocks,
     )  # fmt: skip
     engine = make_engine(rollout, hf_model=str(args.model), dtype=args.dtype, plan=plan, stop_token_ids=())
+    engine.generate(  # a head's graphs are captured with its first draft
+        [Prompt(prompt_id="p/0", source="p", token_ids=tuple(range(3, 19)), text="", answer={})],
+        SamplingConfig(temperature=0.0, max_response_tokens=32, ignore_eos=True), group_size=1, seed=0,
+        on_finished=lambda prompt, sample, rollout: None,
+    )  # fmt: skip
     mode = engine.runner.compilation_config.cudagraph_mode
     row = {
         "strategy": args.strategy, "cudagraph_mode": mode.name if mode else "NONE", "used_bytes": used_bytes() - before
