@@ -16,6 +16,7 @@ from tlt.footprint.engine import Drafters
 from tlt.footprint.table import GIB, Footprint, footprint
 from tlt.rollout.vllm.speculation import LEARNED, SpecPlan, read_spec_plan
 from tlt.rollout.vllm.target_weights import not_at_hand, output_of
+from tlt.spec.graph_plan import most_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ def rehearse(config: RunConfig, *, world_size: int, ranks_per_node: int) -> Foot
         tp_size=config.rollout.tensor_parallel_size, is_trained=config.spot.training == "on",
     )  # fmt: skip
     found = footprint(
-        config, hf_config, drafters(plan, hf_config), world_size=world_size, ranks_per_node=ranks_per_node,
-        device_bytes=device_bytes(config.training.dry_run_gpu_gib),
+        config, hf_config, drafters(plan, hf_config, max_num_seqs=config.rollout.max_num_seqs), world_size=world_size,
+        ranks_per_node=ranks_per_node, device_bytes=device_bytes(config.training.dry_run_gpu_gib),
     )  # fmt: skip
     for line in (*shape(config, world_size=world_size, ranks_per_node=ranks_per_node), *str(found).splitlines()):
         logger.info("%s", line)
@@ -48,13 +49,20 @@ def rehearse(config: RunConfig, *, world_size: int, ranks_per_node: int) -> Foot
     return found
 
 
-def drafters(plan: SpecPlan, hf_config: dict) -> Drafters:
+def drafters(plan: SpecPlan, hf_config: dict, *, max_num_seqs: int) -> Drafters:
     """What the heads of a plan, and those who learn from hidden states, keep."""
+    vocabulary = hf_config["vocab_size"]
     sizes = {name: sum(each.numel() for each in head.parameters()) for name, head in plan.heads.items()}
-    found = Drafters(head_parameters=sum(sizes.values()), num_heads=len(plan.heads), states=plan.kept_states())
+    drafted = [head.draft_token_ids for head in plan.heads.values()]
+    found = Drafters(
+        head_parameters=sum(sizes.values()), num_heads=len(plan.heads), states=plan.kept_states(),
+        verified_tokens=most_tokens(plan.policy, range(1, max_num_seqs + 1)),
+        draft_probs=plan.policy.max_draft_tokens * max_num_seqs
+        * sum(vocabulary if ids is None else len(ids) for ids in drafted),
+    )  # fmt: skip
     if not plan.is_trained:
         return found
-    ids, vocabulary = plan.heads[LEARNED].draft_token_ids, hf_config["vocab_size"]
+    ids = plan.heads[LEARNED].draft_token_ids
     output = output_of(is_tied=hf_config.get("tie_word_embeddings", False))
     copies = not_at_hand(output, tp_size=plan.tp_size, on_cpu=False, reads_output=ids is None)
     return replace(

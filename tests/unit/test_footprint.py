@@ -81,6 +81,18 @@ def test_drafters_take_room_for_every_cached_token():
     assert gib_of(found, "drafters", "update") == pytest.approx((2e8 + found.engine.kv_tokens * slot) / GIB)
 
 
+def test_drafts_take_room_beyond_what_the_engine_measures():
+    plain = of("qwen2.5_7b", "--rollout-max-num-seqs", "64")
+    drafting = of(
+        "qwen2.5_7b", "--rollout-max-num-seqs", "64", drafters=Drafters(states={}, verified_tokens=64 * 9)
+    )  # fmt: skip
+    row = 4 * 4 * FACTS["qwen2.5_7b"]["vocab_size"]
+    assert drafting.engine.step - plain.engine.step == 64 * 8 * row
+    assert drafting.engine.kv_cache == plain.engine.kv_cache
+    keeping = of("qwen2.5_7b", drafters=replace(NONE, draft_probs=10**9))
+    assert gib_of(keeping, "drafters", "update") == pytest.approx(4e9 / GIB)
+
+
 def test_a_head_that_is_trained_takes_its_trainer_along():
     drafters = Drafters(head_parameters=10**8, num_heads=1, states={}, trained_parameters=10**8)
     found = of("qwen2.5_7b", drafters=drafters)

@@ -28,6 +28,8 @@ class EngineFootprint:
     token_pool: int
     """Hidden states and keys of drafters, a slot for each token of the KV cache."""
     drafter_weights: int
+    draft_probs: int
+    """fp32 probabilities of the present draft's tokens."""
     drafter_trainer: int
     """fp32: a head's weights, their average and Adam's moments; output rows."""
     drafter_step: int
@@ -47,6 +49,10 @@ class Drafters:
     """Of the head that idle ranks train."""
     trained_rows: int = 0
     """Of the output layer that it is trained with."""
+    verified_tokens: int = 0
+    """Of a step at most: the last token of each request and its drafts."""
+    draft_probs: int = 0
+    """Probabilities that heads keep of a draft, entries of all of them."""
     copied_rows: int = 0
     """Of the vocabulary, that ranks keep whole on the host for it."""
 
@@ -59,14 +65,18 @@ def engine_footprint(
     weights = item_bytes * sum(
         num_entries(weight) // (1 if weight.kind == "replicated" else size) for weight in table_of(hf_config)
     )
-    step = step_bytes(hf_config, rollout, item_bytes=item_bytes)
+    plain, step = (
+        step_bytes(hf_config, rollout, num_rows=max(rows, rollout.max_num_seqs), item_bytes=item_bytes)
+        for rows in (0, drafters.verified_tokens)
+    )
     token = kv_token_bytes(hf_config, tp_size=size, item_bytes=item_bytes)
     if rollout.num_gpu_blocks_override is not None:
         kv_cache = rollout.num_gpu_blocks_override * BLOCK_SIZE * token
     elif device_bytes is None:
         kv_cache = rollout.kv_cache_gib * 2**30
     else:
-        kv_cache = max(int(rollout.gpu_memory_utilization * device_bytes) - weights - step, 0)
+        # vLLM measures a step that verifies nothing: what drafts take comes on top of its share.
+        kv_cache = max(int(rollout.gpu_memory_utilization * device_bytes) - weights - plain, 0)
     kv_tokens = kv_cache // token
     rows = drafters.trained_rows * hf_config["hidden_size"]
     return EngineFootprint(
@@ -76,6 +86,7 @@ def engine_footprint(
         kv_tokens=kv_tokens,
         token_pool=kv_tokens * pool_token_bytes(hf_config, drafters, item_bytes=item_bytes),
         drafter_weights=drafters.head_parameters * item_bytes,
+        draft_probs=FP32 * drafters.draft_probs,
         drafter_trainer=FP32 * (4 * drafters.trained_parameters + rows),
         drafter_step=FP32 * (2 * drafters.trained_parameters + rows),
     )
@@ -94,12 +105,12 @@ def pool_token_bytes(hf_config: dict, drafters: Drafters, *, item_bytes: int) ->
     return (states + keys) * item_bytes
 
 
-def step_bytes(hf_config: dict, rollout: RolloutConfig, *, item_bytes: int) -> int:
-    """Two residual streams and the widest activations of a layer for all tokens of a step; for all requests six fp32
-    rows of the vocabulary: logits, scaled ones, probabilities, and what the race between tokens needs."""
+def step_bytes(hf_config: dict, rollout: RolloutConfig, *, num_rows: int, item_bytes: int) -> int:
+    """Two residual streams and the widest activations of a layer for all tokens of a step; four fp32 rows of the
+    vocabulary for each token that is drawn: logits, scaled ones, probabilities, terms of the entropy."""
     num_tokens = rollout.max_num_batched_tokens or BATCHED_TOKENS
     experts = experts_of(hf_config)
     width = hf_config["intermediate_size"] if experts is None else experts.per_token * experts.width
     wide = 3 * width // rollout.tensor_parallel_size
     layer = num_tokens * (4 * hf_config["hidden_size"] + wide) * item_bytes
-    return layer + 6 * rollout.max_num_seqs * hf_config["vocab_size"] * FP32
+    return layer + 4 * num_rows * hf_config["vocab_size"] * FP32

@@ -145,7 +145,10 @@ def stage_rows(config: RunConfig, shards: policy.PolicyShards, found: Footprint,
         serving("engine's KV cache", engine.kv_cache),
         Row(name="engine's largest step", num_bytes=(0, engine.step, 0)),
         # Not vLLM's, so its sleep leaves them where they are.
-        always("drafters: weights, states and keys of cached tokens", engine.drafter_weights + engine.token_pool),
+        always(
+            "drafters: weights, states and keys of cached tokens, probabilities",
+            engine.drafter_weights + engine.token_pool + engine.draft_probs,
+        ),
         always("drafter's trainer", engine.drafter_trainer),
         Row(name="drafter's step in a tail", num_bytes=(0, engine.drafter_step, 0)),
         Row(name="gathered weights", num_bytes=(0, 0, gathered)),

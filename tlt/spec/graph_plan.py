@@ -112,6 +112,11 @@ def is_even(strategy: SpecStrategy) -> bool:
     return strategy.num_draft_tokens == 0 or strategy.method in HEADS
 
 
+def most_tokens(policy: StrategyPolicy, batches: Iterable[int]) -> int:
+    """Most tokens that a step verifies, drafts and one of each request."""
+    return max(size * (arm.num_draft_tokens + 1) for size in batches for arm in policy.arms(size))
+
+
 def longest_uneven(policy: StrategyPolicy, batches: Iterable[int]) -> int:
     """Most tokens of a step whose requests may have drafts of different lengths; 0 without any."""
     tokens = (size * (arm.num_draft_tokens + 1) for size in batches for arm in policy.arms(size) if not is_even(arm))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tlt.config import RolloutConfig
+from tlt.config import RolloutConfig, read_hf_config
+from tlt.config.architecture import experts_of
 from tlt.drafter.history import SuffixHistory
 from tlt.protocols import OnFinished, RolloutInterrupted
 from tlt.rollout.consolidation import Consolidation, NoConsolidation
@@ -123,6 +124,9 @@ class VLLMRolloutEngine:
         graphs = given.pop("compilation_config", {})
         if self.on_gpu:
             graphs = graph_settings(config, spec, graphs)
+            if experts_of(read_hf_config(hf_model)) is not None:
+                # Other kernels permute the experts' weights: no read-back would find what was sent (experts.py).
+                given = {"moe_backend": "triton"} | given
         if self.tp_size > 1 and not self.on_gpu:
             shared_memory.name_after(self._agree(secrets.token_hex(8)))
         num_threads = torch.get_num_threads()

@@ -82,6 +82,8 @@ def read_spec_plan(
         name: load_head(Path(folder), flag="--spec-drafter", target_config=target_config, dtype=dtype)
         for name, folder in zip(HEADS, folders, strict=False)
     }
+    if heads and dtype == torch.float32 and torch.cuda.is_available():
+        raise ValueError("--spec-drafter: on a GPU heads attend in 16 bits (FlashAttention), got --no-bf16")
     missing = sorted(methods.intersection(HEADS).difference(heads))
     if missing:
         raise ValueError(
@@ -90,8 +92,7 @@ def read_spec_plan(
         )
     if heads and config.drafts == "sampled" and tp_size > 1:
         raise ValueError(
-            "--spec-drafts sampled needs --rollout-tensor-parallel-size 1: ranks that round differently would accept "
-            "different tokens; coupled has no such trouble"
+            "--spec-drafts sampled needs --rollout-tensor-parallel-size 1: ranks round differently; coupled does not"
         )
     layers = sorted({head.aux_layers for head in heads.values()} - {()})
     if len(layers) > 1:
