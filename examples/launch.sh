@@ -9,6 +9,10 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-$root/.venv/bin/python}"
 [[ -x "$python" || -n "${PYTHON:-}" ]] || python=python3
+# One hardware queue, so that kernels start in the order of their calls: megatron-core relies on it to begin the collectives
+# of tensor and sequence parallelism before the product that hides them (tensor_parallel/layers.py). Speed only.
+: "${CUDA_DEVICE_MAX_CONNECTIONS:=1}"
+export CUDA_DEVICE_MAX_CONNECTIONS
 
 launch() {
     set -- "${RUN_ARGS[@]}" "${LAYOUT_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${RL_ARGS[@]}" "${ROLLOUT_ARGS[@]}" \
