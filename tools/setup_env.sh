@@ -44,6 +44,13 @@ if [[ $kind == gpu ]]; then
         "${pip[@]}" install --no-build-isolation "$package" ||
             echo "setup_env.sh: $package was not installed; the project runs without it (requirements-gpu-build.txt)" >&2
     done
+    # Installed but not importable it would break Megatron's own import, which expects it whole or absent.
+    if "${pip[@]}" show transformer-engine >/dev/null 2>&1 &&
+        ! "$venv/bin/python" -c 'import transformer_engine.pytorch'; then
+        "${pip[@]}" uninstall --yes transformer-engine transformer-engine-torch transformer-engine-cu12 transformer-engine-cu13
+        echo "setup_env.sh: transformer-engine does not import here (above) and was removed; the project runs without it." \
+            "Another try, on a machine with a GPU: rm $venv/.stamp, then this again" >&2
+    fi
 else
     torch="$(grep -o '^torch==[^ ]*' requirements-cpu.txt)"
     # A CPU build of torch that the configured index does not have comes from PyTorch's own index of them.
