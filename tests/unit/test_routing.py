@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tlt.drafter.router import Route
@@ -41,3 +42,22 @@ def test_a_head_that_ends_its_drafts_is_asked_for_all_there_is_room_for(ends_ear
     plan = routing.plan(requests, parse_strategy("adaptive:6", "test"))
     found = {name: [request.num_draft_tokens for request in own] for name, own in plan.items()}
     assert found == {"eagle": [asked], "suffix": [3]}
+
+
+@pytest.mark.parametrize("ends_early", [True, False])
+def test_ranks_agree_on_each_token_only_where_passes_wait_for_it(ends_early):
+    agreed = []
+
+    def agree(value):
+        agreed.append(value)
+        return value
+
+    router = SimpleNamespace(
+        factor=lambda *names: 1.0, stands=lambda name, depth, is_random, confidences: confidences,
+        goes_on=lambda name, depth, standing, is_random, factors: standing > 0.5,
+    )  # fmt: skip
+    head = SimpleNamespace(name="eagle", ends_early=ends_early)
+    limit = AdaptiveRouting(router, None, [head], agree=agree).limits[True]
+    limit.begin("eagle", [SimpleNamespace(temperature=1.0, name=f"p#{row}", group="p") for row in range(2)])
+    assert limit.goes_on(np.arange(2), np.array([0.9, 0.1])).tolist() == [True, False]
+    assert bool(agreed) is ends_early

@@ -13,6 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from tlt.drafter.arrays import floats_of, memory_of
 from tlt.drafter.model import Attend, HeadShape
 
+MAX_SPLITS = 32
+"""As vLLM's own under CUDA graphs."""
+
 
 class CpuPagedAttention:
     """A compiled loop over [slots, key-value heads, D], of one query a request."""
@@ -53,6 +56,14 @@ class FlashPagedAttention:
             2, num_blocks, block_size, shape.num_key_value_heads, shape.head_dim, dtype=dtype, device=device
         )
         self.scale = torch.ones((), device=device)
+        self.num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def num_splits(self, num_requests: int) -> int:
+        """Parts of a sequence that are attended to side by side, so that few long ones fill the GPU; a number found by
+        heuristics at each call may change under a graph. FlashAttention 2 knows none."""
+        if self.version != 3:
+            return 1
+        return min(max(self.num_processors // (num_requests * self.shape.num_key_value_heads), 1), MAX_SPLITS)
 
     def plan(self, *, block_table: torch.Tensor, seq_lens: torch.Tensor, slots: torch.Tensor) -> Attend:
         """As `CpuPagedAttention.plan`."""
@@ -68,7 +79,7 @@ class FlashPagedAttention:
                 q=q, k=self.keys, v=self.values, max_seqlen_q=1, cu_seqlens_q=starts,
                 max_seqlen_k=block_table.shape[1] * self.block_size, seqused_k=seq_lens,
                 softmax_scale=self.shape.head_dim**-0.5, causal=True, block_table=block_table,
-                fa_version=self.version, num_splits=1,  # a number found by heuristics may change under a graph
+                fa_version=self.version, num_splits=self.num_splits(len(seq_lens)),
             )  # fmt: skip
 
         return attend

@@ -47,8 +47,10 @@ class AdaptiveRouting:
         self.suffix = suffix
         self.heads = heads
         self.agree = agree
-        self.limits: dict[bool, DraftLimit] = {True: WorthLimit(router, agree=agree), False: AsAsked()}
         self.ends_early = {head.name for head in heads if head.ends_early}
+        # Where all passes are made before any draft ends, ranks need not agree on each token: proposals are agreed on.
+        limit = WorthLimit(router, agree=agree if self.ends_early else as_found)
+        self.limits: dict[bool, DraftLimit] = {True: limit, False: AsAsked()}
         self.prices = NO_PRICES
         self.is_adaptive = False
 
@@ -104,6 +106,11 @@ class AdaptiveRouting:
             is_random=proposal.is_random, match_length=proposal.match_length, confidences=proposal.confidences,
             num_stood=num_accepted,
         )  # fmt: skip
+
+
+def as_found(value: Any) -> Any:
+    """Each rank's own."""
+    return value
 
 
 class WorthLimit:
