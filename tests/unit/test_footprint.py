@@ -43,7 +43,9 @@ def test_state_is_sharded_by_the_layout():
     assert gib_of(found, "optimizer state", "update") == pytest.approx(12 * whole / 8 / 8, rel=1e-3)
     assert gib_of(found, "optimizer state", "rollout") == 0, "it is on the host then"
     assert found.host_bytes / GIB == pytest.approx(12 * whole / 8 / 8 + 64 / 1024, rel=1e-3)
+    assert found.save_bytes / GIB == pytest.approx(26 * whole / 8, rel=1e-3), "gathered, and copied to be written"
     alone = of("qwen2.5_32b", "--tensor-model-parallel-size", "8", world_size=64)
+    assert alone.save_bytes / GIB == pytest.approx(2 * whole / 8, rel=1e-3), "each rank has its shard's state"
     assert gib_of(alone, "optimizer state", "update") == pytest.approx(12 * whole / 8, rel=1e-3)
 
 

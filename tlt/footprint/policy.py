@@ -96,6 +96,14 @@ def gradient_bytes(shards: PolicyShards, stage: int) -> int:
     return stage_parameters(shards, stage).total * FP32
 
 
+def save_bytes(shards: PolicyShards, stage: int) -> int:
+    """Host memory that a save takes on the first data-parallel rank of a shard, where a distributed optimizer's state
+    is gathered in fp32 (master weights, both moments), and copied while it is written, as the weights are."""
+    own = stage_parameters(shards, stage).total
+    gathered = 2 * 3 * FP32 if shards.optimizer.use_distributed_optimizer else 0
+    return own * (gathered + shards.item_bytes)
+
+
 def optimizer_bytes(shards: PolicyShards, stage: int) -> int:
     """Both moments in fp32, and fp32 master weights of a bf16 model; a distributed optimizer has a part of each."""
     per_parameter = (3 if shards.model.bf16 else 2) * FP32

@@ -36,6 +36,8 @@ class Footprint:
     """Of one GPU; None means ranks on CPUs, whose memory is shared and not compared."""
     host_bytes: int
     """Host memory that one rank takes for what it moves off the GPU, hidden states and past responses."""
+    save_bytes: int
+    """Host memory beyond it, while a checkpoint is saved, on the first data-parallel rank of the fullest shard."""
     ranks_per_node: int
 
     @property
@@ -50,7 +52,8 @@ class Footprint:
         full = self.engine.kv_tokens / self.context
         lines += [
             f"KV cache of a rank: {self.engine.kv_tokens} tokens, {full:.1f} sequences of {self.context}",
-            f"host memory: {gib(self.host_bytes)} GiB a rank, {gib(self.host_bytes * self.ranks_per_node)} a node",
+            f"host memory: {gib(self.host_bytes)} GiB a rank, {gib(self.host_bytes * self.ranks_per_node)} a node; "
+            f"a save: {gib(self.save_bytes)} GiB more on the first data-parallel rank of each shard",
         ]
         return "\n".join(lines)
 
@@ -101,14 +104,17 @@ def footprint(
         hf_config, config.rollout, drafters, item_bytes=shards.item_bytes, device_bytes=device_bytes
     )
     found = Footprint(
-        rows=(), engine=engine, context=context, device_bytes=device_bytes, host_bytes=0, ranks_per_node=ranks_per_node
-    )
+        rows=(), engine=engine, context=context, device_bytes=device_bytes, host_bytes=0, save_bytes=0,
+        ranks_per_node=ranks_per_node,
+    )  # fmt: skip
     stages = [stage_rows(config, shards, found, stage) for stage in range(shards.pp_size)]
     stage = max(range(shards.pp_size), key=lambda stage: max(replace(found, rows=stages[stage]).totals))
     moved = policy.optimizer_bytes(shards, stage) if device_bytes is not None else 0
     kept = (config.spec.hidden_states_mib + config.spec.history_mib) * 2**20
     copied = drafters.copied_rows * hf_config["hidden_size"] * shards.item_bytes
-    return replace(found, rows=stages[stage], host_bytes=moved + kept + copied)
+    return replace(
+        found, rows=stages[stage], host_bytes=moved + kept + copied, save_bytes=policy.save_bytes(shards, stage)
+    )  # fmt: skip
 
 
 def stage_rows(config: RunConfig, shards: policy.PolicyShards, found: Footprint, stage: int) -> tuple[Row, ...]:
