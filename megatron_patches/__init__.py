@@ -32,8 +32,8 @@ CPU_PATCHES = (
     "cpu_moe_synchronize",
 )
 """Files for a machine without CUDA, in the order they are applied."""
-EVERYWHERE = ("adamw_distributed_step", "moe_router_linear")
-"""Files for all machines: what Megatron does where Transformer Engine and Apex are not installed."""
+EVERYWHERE = ("adamw_distributed_step", "moe_router_linear", "moe_topk_ties")
+"""Files for all machines: what Megatron does where Transformer Engine and Apex are not installed, and experts."""
 ALL_PATCHES = CPU_PATCHES + EVERYWHERE
 
 
