@@ -23,12 +23,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Map each field of `cls` to the docstring written right below it."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    """Map each field of `cls`, those of its bases included, to the docstring written right below it."""
     docs = {}
-    for node, below in zip(body, body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            docs[node.target.id] = " ".join(inspect.cleandoc(below.value.value).split())
+    for owner in reversed([each for each in cls.__mro__ if dataclasses.is_dataclass(each)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
+        for node, below in zip(body, body[1:], strict=False):
+            is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            if isinstance(node, ast.AnnAssign) and is_text:
+                docs[node.target.id] = " ".join(inspect.cleandoc(below.value.value).split())
     return docs
 
 

@@ -76,6 +76,15 @@ def test_a_run_learns_writes_a_model_and_resumes_without_a_trace(tiny_models, tm
     assert (folders[0] / "run" / "hf" / "tokenizer.json").is_file()
 
 
+def test_the_help_of_a_dry_run_promises_what_it_does(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "memory is not estimated" in text
+    assert "config.json is enough" not in text
+    assert "Iterations to train in all" in text, "fields of the base class keep theirs"
+
+
 @pytest.mark.parametrize(
     ("rows", "overrides", "parts"),
     [
@@ -87,6 +96,9 @@ def test_a_run_learns_writes_a_model_and_resumes_without_a_trace(tiny_models, tm
         (None, {"sft_held_out": "gsm8k"}, ["--sft-held-out", "gsm8k", "jsonl:<file>"]),
         (None, {"sft_tokens_per_step": 0}, ["--sft-tokens-per-step", "at least 1"]),
         (None, {"data_weights": 1.0}, ["--data-weights"]),
+        (None, {"data_exclude": "asked.jsonl"}, ["--data-exclude must be left out", "asked.jsonl"]),
+        (None, {"data_max_rejected": 3}, ["--data-max-rejected must be 0", "got 3"]),
+        (None, {"dry_run_gpu_gib": 80.0}, ["--dry-run-gpu-gib must be left out", "got 80.0"]),
         (None, {"tensor_model_parallel_size": 3}, ["--tensor-model-parallel-size", "2 ranks"]),
         (None, {"data_chat_template": True}, []),
     ],

@@ -6,6 +6,21 @@ from tlt.config import DataConfig, ModelConfig, OptimizerConfig, TrainingConfig,
 
 
 @dataclass(frozen=True, kw_only=True)
+class SftTrainingConfig(TrainingConfig):
+    """Flags without a prefix: the run as a whole."""
+
+    dry_run: bool = False
+    """Check the configuration and every example for the ranks that WORLD_SIZE names, print the configuration and stop
+    before any model is built; memory is not estimated. Of --hf-model all but the weights is read."""
+    dry_run_gpu_gib: float | None = None
+    """Not allowed here: --dry-run estimates no memory."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.dry_run_gpu_gib is None, "--dry-run-gpu-gib", self.dry_run_gpu_gib, "left out: none is estimated")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SftConfig:
     """Flags --sft-*: supervised fine-tuning on examples of prompt and response."""
 
@@ -27,13 +42,14 @@ class SftConfig:
 class SftRunConfig:
     """Everything a run of supervised fine-tuning is made of."""
 
-    training: TrainingConfig
+    training: SftTrainingConfig
     model: ModelConfig
     optimizer: OptimizerConfig
     sft: SftConfig
     data: DataConfig
 
     def __post_init__(self):
-        require(
-            self.data.weights is None, "--data-weights", self.data.weights, "left out: examples come once an epoch"
-        )
+        data = self.data
+        require(data.weights is None, "--data-weights", data.weights, "left out: examples come once an epoch")
+        require(data.exclude is None, "--data-exclude", data.exclude, "left out: every example is trained on")
+        require(data.max_rejected == 0, "--data-max-rejected", data.max_rejected, "0: every line must be an example")
