@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
 from tools.lone_engine import make_engine  # noqa: E402
-from tools.prompt_flags import add_prompt_flags, prompt_builder, prompt_stream  # noqa: E402
+from tools.prompt_flags import add_prompt_flags, in_own_names, prompt_builder, prompt_stream  # noqa: E402
 from tools.replay_text import Replay  # noqa: E402
 from tools.stock_engine import PREFIX, make_stock_engine, stock_config  # noqa: E402
 
@@ -238,6 +238,9 @@ def read_workloads(args: argparse.Namespace) -> list[list[Workload]]:
     """For each of --requests-per-rank one for each repetition, of other prompts. Raises ValueError naming the flag."""
     from transformers import AutoTokenizer
 
+    from tlt.config import read_hf_config
+
+    read_hf_config(args.model)
     builder = prompt_builder(args, AutoTokenizer.from_pretrained(args.model))
     workloads = []
     for requests in args.requests_per_rank:
@@ -356,7 +359,7 @@ def main() -> int:
                 stock_config(strategy, args.drafter, "--strategies")
         workloads = read_workloads(args)
     except ValueError as error:
-        print(f"bench_rollout.py: error: {error}", file=sys.stderr)
+        print(f"bench_rollout.py: error: {in_own_names(error)}", file=sys.stderr)
         return 2
     from tlt.provenance import measured_on
 

@@ -1,6 +1,26 @@
-"""Flags of tools that answer prompts of data sources, and what they are read into."""
+"""Flags of tools that answer prompts of data sources, what they are read into, and their names in errors."""
 
 import argparse
+import re
+
+OWN_NAMES = {
+    "--data-chat-template": "--chat-template",
+    "--data-exclude": "--exclude",
+    "--data-max-rejected": "this tool",
+    "--data-train": "--sources",
+    "--data-weights": "--weights",
+    "--hf-model": "--model",
+    "--no-data-chat-template": "--no-chat-template",
+    "--rollout-engine-args": "--engine-args",
+    "--rollout-max-model-len": "--max-model-len",
+    "--rollout-max-num-seqs": "--max-num-seqs",
+    "--rollout-max-response-tokens": "--max-tokens",
+    "--rollout-top-k": "--top-k",
+    "--rollout-top-p": "--top-p",
+    "--spec-drafter": "--drafter",
+    "--spec-hidden-states-mib": "--hidden-states-mib",
+}
+"""What these tools call pretrain_rl.py's flags, which errors name."""
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,3 +55,8 @@ def prompt_stream(args: argparse.Namespace, builder):
     from tlt.data.prompts import PromptStream, excluded_questions
 
     return PromptStream(data_config(args), builder, seed=args.seed, excluded=excluded_questions(args.exclude))
+
+
+def in_own_names(error: ValueError) -> str:
+    """The error's text with the tool's names of flags."""
+    return re.sub(r"--[a-z][a-z-]*", lambda found: OWN_NAMES.get(found[0], found[0]), str(error))

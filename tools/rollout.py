@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
 from tools.lone_engine import make_engine, start_ranks  # noqa: E402
+from tools.prompt_flags import in_own_names  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -125,7 +126,7 @@ def main() -> int:
     try:
         engine, prompts, sampling = build(args)
     except ValueError as error:
-        print(f"rollout.py: error: {error}", file=sys.stderr)
+        print(f"rollout.py: error: {in_own_names(error)}", file=sys.stderr)
         return 2
     import torch.distributed as dist
 

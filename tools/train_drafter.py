@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from any folder
 from tools.lone_engine import make_engine, start_ranks  # noqa: E402
-from tools.prompt_flags import add_prompt_flags, prompt_builder, prompt_stream  # noqa: E402
+from tools.prompt_flags import add_prompt_flags, in_own_names, prompt_builder, prompt_stream  # noqa: E402
 from tools.target_weights import make_target, read_rows  # noqa: E402
 
 MICRO_STEP_MS = 5000
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--init", type=Path, metavar="DIR", help="head to go on from (default: random weights)")
     text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL of prompts, as tools/rollout.py reads them")
+    text.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL, each line with `prompt` or `messages`")
     text.add_argument("--sources", nargs="+", metavar="X", help="as --data-train of pretrain_rl.py")
     add_prompt_flags(parser)
     parser.add_argument("--minutes", type=float, help="of generation and training together")
@@ -77,6 +77,8 @@ class Setup:
     init: object
     """EagleHead of --init, or None."""
     stop_token_ids: list
+    rollout: object
+    """RolloutConfig"""
     drafter: object
     """DrafterConfig"""
 
@@ -121,7 +123,7 @@ def read_setup(args: argparse.Namespace) -> Setup:
     from transformers import AutoTokenizer
 
     from tlt.build import stop_token_ids
-    from tlt.config import DrafterConfig, SpecConfig, read_hf_config, require
+    from tlt.config import DrafterConfig, RolloutConfig, SpecConfig, read_hf_config, require
     from tlt.drafter.aux_layers import parse_aux_layers
     from tlt.drafter.model import load_head
     from tlt.rollout.vllm.speculation import read_spec_plan
@@ -144,11 +146,15 @@ def read_setup(args: argparse.Namespace) -> Setup:
     if args.init:
         init = load_head(args.init, flag="--init", target_config=hf_config, dtype=torch.float32)
         layers = init.aux_layers
+    rollout = RolloutConfig(
+        max_model_len=args.max_model_len, max_response_tokens=args.max_tokens, max_num_seqs=args.max_num_seqs,
+        enforce_eager=bool(layers),  # a compiled model gives out its last hidden state alone
+    )  # fmt: skip
     spec = SpecConfig(hidden_states_mib=args.hidden_states_mib)
     plan = read_spec_plan(spec, target_config=hf_config, dtype=getattr(torch, args.dtype), tp_size=1)
     fields = {name.partition(".")[2]: value for name, value in vars(args).items() if name.startswith("drafter.")}
     return Setup(
-        target_config=hf_config, stream=stream, drafter=DrafterConfig(**fields), init=init,
+        target_config=hf_config, stream=stream, rollout=rollout, drafter=DrafterConfig(**fields), init=init,
         plan=replace(plan, aux_layers=layers),
         stop_token_ids=stop_token_ids(Path(args.model), hf_config, tokenizer),
     )  # fmt: skip
@@ -329,17 +335,11 @@ def main() -> int:
     try:
         setup = read_setup(args)
     except ValueError as error:
-        print(f"train_drafter.py: error: {error}", file=sys.stderr)
+        print(f"train_drafter.py: error: {in_own_names(error)}", file=sys.stderr)
         return 2
     start_ranks()
-    from tlt.config import RolloutConfig
-
-    rollout = RolloutConfig(
-        max_model_len=args.max_model_len, max_response_tokens=args.max_tokens, max_num_seqs=args.max_num_seqs,
-        enforce_eager=bool(setup.plan.aux_layers),  # a compiled model gives out its last hidden state alone
-    )  # fmt: skip
     engine = make_engine(
-        rollout, hf_model=args.model, dtype=args.dtype, plan=setup.plan, stop_token_ids=setup.stop_token_ids
+        setup.rollout, hf_model=args.model, dtype=args.dtype, plan=setup.plan, stop_token_ids=setup.stop_token_ids
     )  # fmt: skip
     samples, texts = generate(args, setup, engine, begin_s)
     generate_s = time.perf_counter() - begin_s

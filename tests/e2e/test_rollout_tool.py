@@ -18,7 +18,7 @@ from tests.tiny_models import write_tiny_model
 from tlt.run_state import read_tail_state
 from tlt.spec.recording import read_recording
 from tlt.spec.step_model import fit_model
-from tools import rollout
+from tools import bench_rollout, rollout
 from tools.replay_text import Replay
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
@@ -72,7 +72,11 @@ def test_rollout_gives_the_same_responses_with_and_without_speculation(model, he
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--spec-strategy", "eagle:4"], "needs --spec-drafter"),
+        (["--model", "nowhere"], "--model must be an existing directory, got 'nowhere'"),
+        (["--spec-strategy", "eagle:4"], "needs --drafter"),
+        (["--spec-strategy", "eagle:4", "--drafter", "nowhere"], " --drafter "),
+        (["--max-num-seqs", "0"], " --max-num-seqs must be at least 1, got 0"),
+        (["--top-p", "2"], " --top-p must be in (0, 1], got 2.0"),
         (["--max-tokens", "5000"], "--max-tokens must be below the context of 512 tokens"),
         (["--n", "0"], "--n must be at least 1"),
     ],
@@ -97,6 +101,13 @@ def check_refusal(status: int, errors: str, folder: Path, message: str) -> None:
     (line,) = [row for row in errors.splitlines() if row.startswith("rollout.py: error:")]
     assert message in line
     assert not (folder / "o.jsonl").exists()
+
+
+def test_the_rollout_benchmark_refuses_a_missing_model_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench_rollout.py", "--model", str(tmp_path / "none"), "--sources", SUMS])
+    assert bench_rollout.main() == 2
+    expected = f"bench_rollout.py: error: --model must be an existing directory, got '{tmp_path}/none'"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
 def test_the_rollout_benchmark_pairs_strategies(model, head, tmp_path):
