@@ -25,7 +25,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL to read")
     parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
     parser.add_argument("--drafter", nargs="+", metavar="DIR", help="EAGLE heads for the model: eagle, eagle2, ...")
-    parser.add_argument("--spec-strategy", default="off", help="eagle:K, prompt_lookup:K or off (default: off)")
+    parser.add_argument(
+        "--spec-strategy", default="off", metavar="X",
+        help="eagle:K, suffix:K, prompt_lookup:K, adaptive:K, schedule@..., beg-mab@..., cost-model@... "
+        "(docs/speculation.md), or off (default: off)",
+    )  # fmt: skip
     parser.add_argument("--spec-drafts", default="coupled", choices=("coupled", "one-hot", "sampled", "auto"))
     parser.add_argument("--spec-max-running-requests", type=int, metavar="N", help="speculate with at most N running")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
@@ -43,10 +47,21 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_prompts(args: argparse.Namespace, tokenizer, max_prompt_tokens: int) -> list:
+def check_token_ids(ids: object, where: str, vocabulary: int) -> tuple[int, ...]:
+    """Of a line's `prompt_token_ids`. Raises ValueError that begins with `where`."""
+    allowed = f'{where}: "prompt_token_ids" must be a list of token ids from 0 to {vocabulary - 1}'
+    if not isinstance(ids, list):
+        raise ValueError(f"{allowed}, got {ids!r}")
+    for one in ids:
+        if type(one) is not int or not 0 <= one < vocabulary:
+            raise ValueError(f"{allowed}, got {one!r}")
+    return tuple(ids)
+
+
+def read_prompts(args: argparse.Namespace, tokenizer, *, max_prompt_tokens: int, vocabulary: int) -> list:
     """Raises ValueError naming file and line."""
     from tlt.config import DataConfig
-    from tlt.data.jsonl import numbered_lines
+    from tlt.data.jsonl import numbered_lines, parse_object
     from tlt.data.prompts import PromptBuilder
     from tlt.data.source import unanswered
     from tlt.types import Prompt
@@ -58,9 +73,10 @@ def read_prompts(args: argparse.Namespace, tokenizer, max_prompt_tokens: int) ->
     prompts = []
     for number, line in numbered_lines(args.prompts):
         where = f"{args.prompts}, line {number}"
-        ids = json.loads(line).get("prompt_token_ids") if '"prompt_token_ids"' in line else None
+        ids = parse_object(line, where).get("prompt_token_ids")
         if ids is not None:
-            prompts.append(Prompt(prompt_id=where, source="prompts", token_ids=tuple(ids), text="", answer={}))
+            ids = check_token_ids(ids, where, vocabulary)
+            prompts.append(Prompt(prompt_id=where, source="prompts", token_ids=ids, text="", answer={}))
         else:
             prompts.append(builder.build(unanswered(line, where, name=where), "prompts"))
         if not prompts[-1].token_ids or len(prompts[-1].token_ids) > max_prompt_tokens:
@@ -97,7 +113,9 @@ def build(args: argparse.Namespace):
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     context = args.max_model_len or hf_config["max_position_embeddings"]
     require(args.max_tokens < context, "--max-tokens", args.max_tokens, f"below the context of {context} tokens")
-    prompts = read_prompts(args, tokenizer, context - args.max_tokens)
+    prompts = read_prompts(
+        args, tokenizer, max_prompt_tokens=context - args.max_tokens, vocabulary=hf_config["vocab_size"]
+    )  # fmt: skip
     start_ranks()
     engine = make_engine(
         rollout, hf_model=args.model, dtype=args.dtype, plan=plan, seed=args.seed, decode=tokenizer.decode,

@@ -86,6 +86,27 @@ def test_rollout_refuses_bad_input_in_one_line(model, tmp_path, monkeypatch, cap
     check_refusal(rollout.main(), capsys.readouterr().err, tmp_path, message)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('["prompt_token_ids"]', "must be a JSON object, got list"),
+        ('{"prompt_token_ids": [3', "not JSON"),
+        ('{"prompt_token_ids": 5}', '"prompt_token_ids" must be a list of token ids from 0 to 511, got 5'),
+        ('{"prompt_token_ids": [3, "a"]}', "from 0 to 511, got 'a'"),
+        ('{"prompt_token_ids": [true]}', "from 0 to 511, got True"),
+        ('{"prompt_token_ids": [-7]}', "from 0 to 511, got -7"),
+        ('{"prompt_token_ids": [512]}', "from 0 to 511, got 512"),
+        ('{"prompt_token_ids": []}', "0 tokens"),
+    ],
+)
+def test_rollout_names_file_and_line_of_a_bad_prompt(model, tmp_path, monkeypatch, capsys, line, message):
+    monkeypatch.setattr("sys.argv", ["rollout.py", *small_rollout(model, tmp_path)])
+    (tmp_path / "p.jsonl").write_text('{"prompt_token_ids": [0, 511]}\n' + line + "\n")
+    status, errors = rollout.main(), capsys.readouterr().err
+    for part in (f"{tmp_path}/p.jsonl, line 2: ", message):
+        check_refusal(status, errors, tmp_path, part)
+
+
 def test_rollout_refuses_what_only_the_engine_knows_in_one_line(model, tmp_path):
     result = run("rollout.py", *small_rollout(model, tmp_path), "--engine-args", '{"min_p": 0.1}')
     check_refusal(result.returncode, result.stderr, tmp_path, "must not set min_p")
