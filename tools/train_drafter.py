@@ -13,6 +13,7 @@ training.json beside the head. The head drafts in this project's engine (--spec-
 import argparse
 import copy
 import json
+import math
 import os
 import sys
 import time
@@ -130,6 +131,9 @@ def read_setup(args: argparse.Namespace) -> Setup:
 
     require((args.minutes is None) != (args.train_tokens is None), "--minutes", args.minutes, "this or --train-tokens")
     require(args.minutes is not None or args.generate_tokens is not None, "--generate-tokens", None, "a number")
+    for flag in ("--minutes", "--train-tokens", "--generate-tokens"):
+        value = getattr(args, flag[2:].replace("-", "_"))
+        require(value is None or 0 < value < math.inf, flag, value, "above 0 and finite")
     require(0 < args.generate_frac < 1, "--generate-frac", args.generate_frac, "in (0, 1)")
     require(args.temperature > 0, "--temperature", args.temperature, "above 0")
     require(args.held_out_prompts >= 1, "--held-out-prompts", args.held_out_prompts, "at least 1")

@@ -87,6 +87,10 @@ def test_one_process_goes_on_from_a_head_with_prompts_and_a_time(model, tmp_path
     [
         (["--sources", SUMS], "--minutes must be this or --train-tokens"),
         (["--sources", SUMS, "--train-tokens", "10"], "--generate-tokens must be a number"),
+        (["--sources", SUMS, "--minutes", "0"], "--minutes must be above 0 and finite, got 0.0"),
+        (["--sources", SUMS, "--minutes", "nan"], "--minutes must be above 0 and finite, got nan"),
+        (["--sources", SUMS, "--train-tokens", "0", "--generate-tokens", "9"], "--train-tokens must be above 0"),
+        (["--sources", SUMS, "--train-tokens", "9", "--generate-tokens", "-1"], "--generate-tokens must be above 0"),
         (["--sources", SUMS, "--minutes", "1", "--generate-frac", "1"], "--generate-frac must be in (0, 1)"),
         (["--sources", SUMS, "--minutes", "1", "--model", "nowhere"], " --model must be an existing directory"),
         (["--sources", "gsm8k", "--minutes", "1"], " --sources must be `reasoning-gym:<task>"),
