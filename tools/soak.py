@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +57,10 @@ class Soak:
         return self.starts[1:]
 
 
+class NoIterationError(Exception):
+    """A start that brought the run no further; another one would do the same."""
+
+
 def draw_faults(generator: random.Random, *, begin: int, end: int, every: int, num_ranks: int) -> list[str]:
     """One that ends the start about `every` iterations after its begin (none within the last ones), and about one in
     ten iterations that is survived."""
@@ -73,8 +78,9 @@ def draw_faults(generator: random.Random, *, begin: int, end: int, every: int, n
 
 
 def soak(flags: list[str], *, save: Path, iterations: int, every: int, num_ranks: int, seed: int) -> Soak:
-    """Start the run again and again until it has made all its iterations."""
+    """Start the run until it has made all its iterations. Raises NoIterationError where a start makes none."""
     generator, result = random.Random(seed), Soak()
+    save.parent.mkdir(parents=True, exist_ok=True)
     while last_iteration(save) < iterations:
         begin = last_iteration(save)
         faults = draw_faults(generator, begin=begin, end=iterations, every=every, num_ranks=num_ranks)
@@ -90,7 +96,9 @@ def soak(flags: list[str], *, save: Path, iterations: int, every: int, num_ranks
         result.starts.append(start)
         print(f"iterations {begin} to {start.end_iteration} in {start.seconds:.0f} s, status {code}: {faults[0]}")
         if start.end_iteration == begin:
-            raise RuntimeError(f"no iteration was completed by a start: see {save.parent / f'{save.name}.log'}")
+            raise NoIterationError(
+                f"a start ended with status {code} and completed no iteration: see {save.parent / f'{save.name}.log'}"
+            )
     return result
 
 
@@ -176,7 +184,21 @@ def report(series: dict[str, dict[int, float]], result: Soak, *, warm_up: int) -
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, save: Path) -> None:
+    """Exit with one line that names the flag that is wrong."""
+    least = {"iterations": args.warm_up + 2, "every": 1, "ranks": 1, "warm_up": 0}
+    for name, allowed in least.items():
+        if getattr(args, name) < allowed:
+            more = " (--warm-up and 2 to see a slope)" if name == "iterations" else ""
+            parser.error(f"--{name.replace('_', '-')} must be at least {allowed}{more}, got {getattr(args, name)}")
+    if last_iteration(save) >= args.iterations:
+        parser.error(
+            f"--save must be a run with fewer than --iterations {args.iterations}, got {save} with "
+            f"{last_iteration(save)}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=240, help="iterations of the run in all")
     parser.add_argument("--every", type=int, default=50, help="iterations between faults that end the run, about")
@@ -185,13 +207,18 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=12, help="iterations of each start that no slope counts")
     parser.add_argument("--out", required=True, help="prefix of the PNG and the Markdown that are written")
     parser.add_argument("flags", nargs="+", help="-- and flags of pretrain_rl.py, among them --save")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if "--save" not in args.flags[:-1]:
         parser.error("flags of pretrain_rl.py must be given after -- and name --save DIR")
     save = Path(args.flags[args.flags.index("--save") + 1])
-    result = soak(
-        args.flags, save=save, iterations=args.iterations, every=args.every, num_ranks=args.ranks, seed=args.seed
-    )
+    check(parser, args, save)
+    try:
+        result = soak(
+            args.flags, save=save, iterations=args.iterations, every=args.every, num_ranks=args.ranks, seed=args.seed
+        )
+    except NoIterationError as error:
+        print(f"soak.py: error: {error}", file=sys.stderr)
+        return 1
     series = read_series(save)
     draw(series, result, Path(f"{args.out}.png"))
     text = report(series, result, warm_up=args.warm_up)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from tlt.faults import parse_faults
+from tools import soak
 from tools.soak import SERIES, Soak, Start, draw, draw_faults, read_series, report, slope
+from tools.training_run import TRACKER
 
 STARTS = [
     Start(begin_iteration=0, end_iteration=60, faults=["sigkill@save/61/0", "slow@reward/3/1"], returncode=1),
@@ -73,3 +75,30 @@ def test_the_report_has_every_series_and_start(tmp_path):
     assert "| 60 | 100 | end | 1 | 0 |" in text
     draw(series, result, tmp_path / "soak.png")
     assert (tmp_path / "soak.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--iterations", "0"], "--iterations must be at least 14 (--warm-up and 2 to see a slope), got 0"),
+        (["--every", "0"], "--every must be at least 1, got 0"),
+        (["--ranks", "0"], "--ranks must be at least 1, got 0"),
+        (["--iterations", "20"], "--save must be a run with fewer than --iterations 20, got "),
+    ],
+)
+def test_what_cannot_be_soaked_is_refused_in_one_line(tmp_path, capsys, flags, message):
+    (tmp_path / TRACKER).write_text("20")
+    with pytest.raises(SystemExit) as refused:
+        soak.main([*flags, "--out", str(tmp_path / "soak"), "--", "--save", str(tmp_path)])
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_flags_with_which_no_start_makes_an_iteration_end_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(soak, "run_command", lambda num_ranks: ["sh", "-c", "echo wrong flag; exit 2", "sh"])
+    save = tmp_path / "new" / "run"
+    assert soak.main(["--out", str(tmp_path / "soak"), "--", "--save", str(save)]) == 1
+    log = tmp_path / "new" / "run.log"
+    expected = f"soak.py: error: a start ended with status 2 and completed no iteration: see {log}\n"
+    assert capsys.readouterr().err == expected
+    assert log.read_text() == "wrong flag\n"
