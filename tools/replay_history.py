@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
 import numpy as np  # noqa: E402
 
+from tlt.config import require  # noqa: E402
 from tlt.drafter.history import SuffixHistory  # noqa: E402
 from tlt.drafter.prompt_lookup import prompt_lookup  # noqa: E402
 from tlt.drafter.suffix_tree import SuffixTree  # noqa: E402
@@ -307,8 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--history-mib", type=float, default=64, help="MiB of past texts (default: 64)")
     args = parser.parse_args(arguments)
     try:
-        if not args.data.is_file() or min(args.max_draft_tokens) < 1:
-            raise ValueError("--data must be a file and --max-draft-tokens at least 1")
+        require(args.data.is_file(), "--data", str(args.data), "a file")
+        require(min(args.max_draft_tokens) >= 1, "--max-draft-tokens", min(args.max_draft_tokens), "at least 1")
         texts = read_texts(args.data, args.hf_model, num_prompts=args.prompts)
     except ValueError as error:
         print(f"replay_history.py: error: {error}", file=sys.stderr)

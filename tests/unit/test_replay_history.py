@@ -94,5 +94,9 @@ def test_the_command_writes_a_table_of_every_source(tmp_path, tiny_models, token
     best = max(result["rows"], key=lambda row: row["all"]["tokens_per_step"])
     assert best["source"] in ("newest", "history")
     assert len((tmp_path / "out.md").read_text().splitlines()) == 2 + len(SOURCES)
-    assert main([*arguments[2:], "--data", str(tmp_path / "none")]) == 2
-    assert "--data must be a file" in capsys.readouterr().err
+    for flags, message in (
+        (["--data", str(tmp_path / "none")], f"--data must be a file, got '{tmp_path}/none'"),
+        (["--max-draft-tokens", "8", "0"], "--max-draft-tokens must be at least 1, got 0"),
+    ):
+        assert main([*arguments, *flags]) == 2
+        assert capsys.readouterr().err == f"replay_history.py: error: {message}\n"
