@@ -7,9 +7,9 @@ With TIMES > 1 each layer is followed by TIMES - 1 copies whose outputs are mult
 the cost of a deeper model (block expansion, Wu et al., LLaMA Pro, arXiv 2401.02415), which training may then use.
 """
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -56,9 +56,30 @@ def unpack(packed: Path, files: Path, out: Path, times: int) -> None:
     save_file(grown, out / "model.safetensors", metadata={"format": "pt"})
 
 
-if __name__ == "__main__":
-    verb, source, *rest = sys.argv[1:]
-    if verb == "pack":
-        pack(Path(source), Path(rest[0]))
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    to_pack = verbs.add_parser("pack", help="write a model's packed weights")
+    to_pack.add_argument("model", type=Path, metavar="HF", help="Hugging Face directory")
+    to_pack.add_argument("packed", type=Path, metavar="OUT.safetensors", help="file to write")
+    to_unpack = verbs.add_parser("unpack", help="make a model of packed weights")
+    to_unpack.add_argument("packed", type=Path, metavar="OUT.safetensors", help="what pack wrote")
+    to_unpack.add_argument("files", type=Path, metavar="HF_WITHOUT_WEIGHTS", help="its other files")
+    to_unpack.add_argument("out", type=Path, metavar="MODEL", help="directory to write")
+    to_unpack.add_argument("times", type=int, nargs="?", default=1, metavar="TIMES", help="layers of one (default: 1)")
+    args = parser.parse_args()
+    if args.verb == "unpack" and args.times < 1:
+        parser.error(f"TIMES must be at least 1, got {args.times}")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    if args.verb == "pack":
+        pack(args.model, args.packed)
     else:
-        unpack(Path(source), Path(rest[0]), Path(rest[1]), int(rest[2]) if rest[2:] else 1)
+        unpack(args.packed, args.files, args.out, args.times)
+
+
+if __name__ == "__main__":
+    main()
