@@ -2,6 +2,7 @@
 
 look.py --model HF --drafter HEAD --json FILE [--sleep]
 
+--sleep ends with status 1 where the text is another one after sleep, wake and load.
 One process and one engine, some seconds a strategy. Strategies of a batch draw with the same numbers, so `same` counts
 responses that are those of the first strategy, token for token; in bf16 a near tie may part two.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
 BEGIN_S = time.time()
 QUESTION = "State the final answer to the following arithmetic problem: {} =\n"
@@ -57,12 +58,12 @@ class Look:
 
     def __init__(self, args: argparse.Namespace):
         import torch
-        from lone_engine import make_engine, start_ranks
         from transformers import AutoTokenizer
 
         from tlt.build import stop_token_ids
         from tlt.config import RolloutConfig, SpecConfig, read_hf_config
         from tlt.rollout.vllm.speculation import read_spec_plan
+        from tools.lone_engine import make_engine, start_ranks
 
         start_ranks()
         self.args = args
@@ -119,30 +120,36 @@ class Look:
             "plan_s": stats.plan_s, "graphs": dict(self.graphs),
         }  # fmt: skip
 
-    def load(self) -> None:
-        """Sleep, wake and load the weights again, three times; each load is read back."""
+    def load(self) -> dict:
+        """Sleep, wake and load the weights again, three times, each load read back: seconds, and how many responses
+        are those of before. Of greedy decoding with a fixed strategy all are."""
         import torch
         from safetensors.torch import load_file
 
         files = sorted(Path(self.args.model).glob("*.safetensors"))
         weights = {name: one.cuda() for path in files for name, one in load_file(path).items()}
+        num_bytes = sum(one.numel() * one.element_size() for one in weights.values())
         before, _ = self.run("eagle:4", 8, temperature=0.0, seed=5)
+        found: dict = {"bytes": num_bytes, "load_s": []}
         for name, step in (("sleep", self.engine.sleep), ("wake", self.engine.wake)):
             begin_s = time.perf_counter()
             step()
-            say(f"{name}: {time.perf_counter() - begin_s:.3f} s, GPU memory free {torch.cuda.mem_get_info()[0]}")
+            found[f"{name}_s"] = time.perf_counter() - begin_s
+            say(f"{name}: {found[f'{name}_s']:.3f} s, GPU memory free {torch.cuda.mem_get_info()[0]}")
         for version in range(3):
             torch.cuda.synchronize()
             begin_s = time.perf_counter()
             self.engine.load_weights(weights.items(), policy_version=version)
             torch.cuda.synchronize()
-            num_bytes = sum(one.numel() * one.element_size() for one in weights.values())
-            say(f"load_weights: {time.perf_counter() - begin_s:.3f} s for {num_bytes} bytes")
+            found["load_s"].append(time.perf_counter() - begin_s)
+            say(f"load_weights: {found['load_s'][-1]:.3f} s for {num_bytes} bytes")
         after, _ = self.run("eagle:4", 8, temperature=0.0, seed=5)
-        say("same text after sleep:", sum(a == b for a, b in zip(before, after, strict=True)), "of", len(before))
+        found |= {"responses": len(before), "same": sum(a == b for a, b in zip(before, after, strict=True))}
+        say("same text after sleep:", found["same"], "of", found["responses"])
+        return found
 
 
-def main() -> None:
+def main() -> int:
     from tlt.rollout.vllm.graph_check import check_graphs
 
     args = arguments()
@@ -161,10 +168,14 @@ def main() -> None:
                 first = first or texts
                 rows.append(row | {"same": sum(a == b for a, b in zip(texts, first, strict=True))})
                 say(json.dumps(rows[-1]))
-    if args.sleep:
-        look.load()
-    args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    sleep = look.load() if args.sleep else None
+    args.json.write_text(json.dumps({"rows": rows, "sleep": sleep}, indent=1) + "\n")
+    if sleep is not None and sleep["same"] != sleep["responses"]:
+        counts = f"{sleep['responses'] - sleep['same']} of {sleep['responses']}"
+        print(f"look.py: error: {counts} responses differ after sleep, wake and load", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
