@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-SETUP = Path(__file__).parents[2] / "tools" / "setup_env.sh"
+ROOT = Path(__file__).parents[2]
+SETUP = ROOT / "tools" / "setup_env.sh"
 
 PYTHON = """#!/usr/bin/env bash
 case "$1 $2" in
@@ -31,12 +32,15 @@ class SetUp:
         self.python.write_text(PYTHON)
         self.python.chmod(0o755)
 
-    def __call__(self, *flags: str, fails: str = "") -> subprocess.CompletedProcess:
-        """Commands that contain `fails` fail."""
+    def __call__(
+        self, *flags: str, fails: str = "", script: Path = SETUP, **variables: Path
+    ) -> subprocess.CompletedProcess:
+        """Commands that contain `fails` fail; `script` is one that calls this one, `variables` its environment."""
         self.calls.write_text("")
         given = {"PYTHON": str(self.python), "VENV": str(self.venv), "CALLS": str(self.calls), "FAILS": fails}
+        given |= {name: str(value) for name, value in variables.items()}
         return subprocess.run(
-            ["bash", str(SETUP), *flags], env={**os.environ, **given}, capture_output=True, text=True
+            ["bash", str(script), *flags], env={**os.environ, **given}, capture_output=True, text=True
         )  # fmt: skip
 
     def did(self, what: str) -> bool:
@@ -84,3 +88,12 @@ def test_what_is_optional_may_fail_to_build(set_up):
     assert set_up.did("flash-attn==")
     assert set_up("--gpu").returncode == 0
     assert set_up.calls.read_text() == "", "set-up ended"
+
+
+def test_the_benchmark_of_a_given_cold_start_makes_its_environment(set_up, tmp_path):
+    (tmp_path / "head").mkdir()
+    script = ROOT / "examples" / "reasoner_cpu" / "bench_e2e.sh"
+    process = set_up("--quick", script=script, COLD=tmp_path, DRAFTER=tmp_path / "head", OUT=tmp_path / "out")
+    assert process.returncode == 0, process.stderr
+    assert set_up.did("--require-hashes")
+    assert set_up.did(f"{ROOT}/tools/bench_e2e.py --hf-model {tmp_path}/hf")
