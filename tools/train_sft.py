@@ -77,6 +77,7 @@ def build(config, inputs: SftInputs):
     from tlt.provenance import write_run_record
     from tlt.rl.losses import LikelihoodObjective
     from tlt.rollout.vllm.speculation import NoSpeculation
+    from tlt.run_state import shared_folder
     from tlt.sft.loop import HeldOut, SftRun
     from tlt.spot.training import NoSpotTraining
     from tlt.types import SamplingConfig
@@ -86,7 +87,7 @@ def build(config, inputs: SftInputs):
     interrupt.install()
     patches = apply_patches()
     parallel = process_groups.initialize(config.model, timeout=timedelta(minutes=training.distributed_timeout_minutes))
-    save = Path(training.save)
+    save = shared_folder(Path(training.save), parallel)
     trace = build_trace(save, inputs.faults, parallel)
     if parallel.rank == 0:
         write_run_record(save, config, patches=patches, world_size=parallel.world_size)
@@ -120,7 +121,7 @@ def build(config, inputs: SftInputs):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, check, build, fine-tune, write. Bad input: one line on rank 0 and exit status 2 on every rank."""
+    """Parse, check, build, fine-tune, write. Bad input: one line on each node, status 2 on every rank."""
     from tlt.launch import prepare
     from tlt.sft.config import SftRunConfig
 

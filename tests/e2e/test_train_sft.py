@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from tests.e2e import runs
+from tlt.arguments import parse
+from tlt.sft.config import SftRunConfig
 from tlt.weight_sync.gather import HfDirectory
-from tools.train_sft import main
+from tools.train_sft import build, main
 
 pytestmark = pytest.mark.megatron
 
@@ -74,6 +76,19 @@ def test_a_run_learns_writes_a_model_and_resumes_without_a_trace(tiny_models, tm
     original = tensors(tiny_models["llama"])
     assert any(not torch.equal(whole[name], original[name]) for name in whole)
     assert (folders[0] / "run" / "hf" / "tokenizer.json").is_file()
+
+
+def test_a_folder_that_nodes_do_not_share_is_refused(tiny_models, tmp_path, monkeypatch):
+    def shared_folder(folder, parallel):
+        raise RuntimeError(f"{folder} of {parallel} is not shared")
+
+    monkeypatch.setattr("megatron_patches.apply_patches", lambda: [])
+    monkeypatch.setattr("tlt.interrupt.Interrupt.install", lambda interrupt: None)
+    monkeypatch.setattr("tlt.parallel.initialize", lambda model, timeout: "two nodes")
+    monkeypatch.setattr("tlt.run_state.shared_folder", shared_folder)
+    config = parse(flags(tiny_models["llama"], tmp_path), "", SftRunConfig)
+    with pytest.raises(RuntimeError, match=f"{tmp_path}/run of two nodes is not shared"):
+        build(config, None)
 
 
 def test_the_help_of_a_dry_run_promises_what_it_does(capsys):
