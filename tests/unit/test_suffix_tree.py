@@ -54,7 +54,7 @@ class BruteForce:
 
     def draft(self, sequence_id, max_tokens, *, min_match=1, tokens_per_match=2.0, min_prob=0.2) -> dict:
         context = self.longest_context(self.texts[sequence_id])
-        draft = {"token_ids": [], "probs": [], "match_length": len(context), "num_occurrences": 0}
+        draft = {"token_ids": [], "probs": [], "match_length": len(context)}
         product = 1.0
         for _ in range(min(max_tokens, int(tokens_per_match * len(context)))):
             context = self.longest_context(context)
@@ -68,8 +68,6 @@ class BruteForce:
             product *= prob
             if product < min_prob:
                 break
-            if not draft["token_ids"]:
-                draft["num_occurrences"] = len(followed)
             draft["token_ids"].append(token)
             draft["probs"].append(prob)
             context += (token,)
@@ -77,10 +75,7 @@ class BruteForce:
 
 
 def as_dict(draft: Draft) -> dict:
-    return {
-        "token_ids": draft.token_ids.tolist(), "probs": draft.probs.tolist(), "match_length": draft.match_length,
-        "num_occurrences": draft.num_occurrences,
-    }  # fmt: skip
+    return {"token_ids": draft.token_ids.tolist(), "probs": draft.probs.tolist(), "match_length": draft.match_length}
 
 
 def about(draft: dict) -> dict:
@@ -193,7 +188,7 @@ def test_a_new_request_drafts_the_beginning_of_its_siblings():
         tree.begin(sibling, tokens, after="prompt")
     tree.begin("new", after="prompt")
     draft = tree.draft("new", 4, tokens_per_match=1.0)
-    assert (draft.token_ids.tolist(), draft.match_length, draft.num_occurrences) == ([5, 6], 3, 3)
+    assert (draft.token_ids.tolist(), draft.match_length) == ([5, 6], 3)
     assert draft.probs.tolist() == pytest.approx([3 / (3 + SINGLE_ESCAPE / 3), 2 / (3 + 2)])
     assert tree.count([1, 2, 3]) == 1, "a shared prompt counts once"
 

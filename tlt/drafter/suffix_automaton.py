@@ -321,10 +321,10 @@ def _most_frequent(states, counts, edges, state):
 def follow(states, counts, edges, whole, token_ids, probs, min_match, tokens_per_match, min_prob):
     """Write a draft for the text whose state is `whole` into `token_ids` [K] int32 and `probs` [K] float64.
 
-    Returns (number of tokens, match length, occurrences of the match that something followed).
+    Returns (number of tokens, match length).
     """
     state = longest_context(states, whole)
-    match_length, num_occurrences, num_drafted = np.int64(states[state, LENGTH]), 0, 0
+    match_length, num_drafted = np.int64(states[state, LENGTH]), 0
     length, draft_prob = match_length, 1.0
     max_tokens = min(len(token_ids), int(tokens_per_match * match_length))
     while num_drafted < max_tokens:
@@ -340,11 +340,9 @@ def follow(states, counts, edges, whole, token_ids, probs, min_match, tokens_per
         draft_prob *= prob
         if draft_prob < min_prob:
             break
-        if num_drafted == 0:
-            num_occurrences = total
         token_ids[num_drafted] = states[target, TOKEN]
         probs[num_drafted] = prob
         num_drafted += 1
         state = target
         length += 1
-    return num_drafted, match_length, num_occurrences
+    return num_drafted, match_length

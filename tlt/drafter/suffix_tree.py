@@ -22,8 +22,6 @@ class Draft:
     probs: np.ndarray  # [K] float64: estimated probability of each token, given that those before it stand
     match_length: int
     """Tokens at the request's end that were followed by something elsewhere; may be less than `min_match`."""
-    num_occurrences: int
-    """Places where these tokens were followed by something; 0 without draft tokens."""
 
 
 class SuffixTree:
@@ -78,13 +76,10 @@ class SuffixTree:
         """
         token_ids, probs = np.empty(max_tokens, dtype=np.int32), np.empty(max_tokens)
         states, counts, edges, _, _ = self._arrays
-        num_tokens, match_length, num_occurrences = follow(
+        num_tokens, match_length = follow(
             states, counts, edges, self._wholes[sequence_id], token_ids, probs, min_match, tokens_per_match, min_prob
         )
-        return Draft(
-            token_ids=token_ids[:num_tokens], probs=probs[:num_tokens], match_length=match_length,
-            num_occurrences=num_occurrences,
-        )  # fmt: skip
+        return Draft(token_ids=token_ids[:num_tokens], probs=probs[:num_tokens], match_length=match_length)
 
     def count(self, token_ids: Sequence[int] | np.ndarray) -> int:
         """Places where this string of at least one token ends."""

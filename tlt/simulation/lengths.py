@@ -15,7 +15,6 @@ import numpy as np
 
 NUM_QUANTILES = 20_000
 """Points that a distribution is kept as."""
-PARETO_FROM = 1
 ROLLOUTS = "rollouts"
 
 

@@ -53,7 +53,6 @@ class Replica:
         self.request_steps = 0
         """Steps, each counted for every request in it."""
         self.peak_context = 0.0
-        self.busy_s = 0.0
         self._admit()
         self._plan()
 
@@ -82,9 +81,7 @@ class Replica:
             self.num_admitted += 1
             to_read += request.num_unread
         if to_read > 0:
-            read_s = self.table.read.seconds(to_read)
-            self.begin_s += read_s
-            self.busy_s += read_s
+            self.begin_s += self.table.read.seconds(to_read)
 
     def _plan(self) -> None:
         """The stretch from now to the next end."""
@@ -113,9 +110,7 @@ class Replica:
 
     def _go(self, steps: int) -> None:
         """Do so many steps of the stretch."""
-        seconds = self.stretch_s(steps)
-        self.begin_s += seconds
-        self.busy_s += seconds
+        self.begin_s += self.stretch_s(steps)
         self.num_steps += steps
         self.request_steps += steps * self.num_running
         self.position += steps * self.tokens_per_step
