@@ -1,5 +1,6 @@
 """Strategies, acceptance statistics, watchdog, guard, ledger and hidden-state buffer against small tables."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,9 +8,10 @@ from tests.unit.drafter_cases import CONFIG
 from tlt.config import SpecConfig
 from tlt.drafter.buffer import HiddenStateBuffer, num_bytes
 from tlt.drafter.model import EagleHead, HeadShape, save_head
-from tlt.rollout.vllm.ledger import DraftLedger, Proposal
+from tlt.rollout.vllm.ledger import DraftLedger, Proposal, agreed_proposal
 from tlt.rollout.vllm.speculation import SpecPlan, read_spec_plan
 from tlt.spec.acceptance import AcceptanceStats
+from tlt.spec.draft_kind import standing_rates
 from tlt.spec.lossless import REFUSED, refuse_lossy
 from tlt.spec.policy import parse_policy
 from tlt.spec.strategy import DecodeStep, FixedStrategy, parse_strategy
@@ -153,6 +155,18 @@ def test_harmless_settings_pass():
     refuse_lossy({"max_logprobs": 3, "kv_cache_dtype": "auto"}, "x")
 
 
+@pytest.mark.parametrize(("own", "kept"), [([5, 6, 7], 2), ([5, 6], 2), ([5], 1), ([5, 9], None), ([9, 6, 7], None)])
+def test_a_rank_keeps_its_probabilities_as_far_as_it_drafted_the_same(own, kept):
+    shared = Proposal(drafter="eagle", request_name="a", token_ids=[5, 6], confidences=np.array([0.5, 0.25])).shared()
+    mine = Proposal(
+        drafter="eagle", request_name="a", token_ids=own, confidences=np.full(len(own), 0.1),
+        draft_probs=torch.full((len(own), 4), 0.25),
+    )  # fmt: skip
+    found = agreed_proposal(shared, mine, request_name="a")
+    assert (found.token_ids, found.confidences.tolist()) == ([5, 6], [0.5, 0.25])
+    assert (None if found.draft_probs is None else len(found.draft_probs)) == kept
+
+
 def test_the_ledger_counts_what_stood_and_gives_q_of_sampled_drafts_only():
     ledger = DraftLedger()
     q = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
@@ -186,6 +200,25 @@ def test_the_ledger_counts_what_stood_and_gives_q_of_sampled_drafts_only():
     assert eagle.standing_sums["sampled"] == pytest.approx(min(0.1, 0.5) + min(0.9, 0.5) + 0.25 + 0.25)
     ledger.forget(["a", "zzz"])
     assert set(ledger.proposals) == {"b"}
+
+
+def test_drafts_are_compared_together_as_they_would_be_alone():
+    generator = torch.Generator().manual_seed(0)
+    count, names = 10, ["a", "b", "c"]
+    policy, drafts = torch.rand(2, 3, count + 1, 6, generator=generator).softmax(-1)
+    ledger, found = DraftLedger(), {}
+    ledger.on_compared = lambda proposal, rates, num: found.update({proposal.request_name: (rates, num)})
+    ledger.proposals = {
+        name: Proposal(drafter="eagle", request_name=name, token_ids=[1] * count, draft_probs=own[:count])
+        for name, own in zip(names, drafts, strict=True)
+    }  # fmt: skip
+    ledger.verified(names, [count] * 3, torch.ones(3, count + 1, dtype=torch.int64), policy.flatten(0, 1))
+    assert sorted(found) == names
+    for name, p, q in zip(names, policy, drafts, strict=True):
+        rates, num = found[name]
+        assert num == count
+        alone = standing_rates(p[:count], q[:count])
+        assert rates == pytest.approx({kind: float(each.sum()) for kind, each in alone.items()})
 
 
 def sample(name: str, length: int) -> HiddenStateSample:

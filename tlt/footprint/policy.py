@@ -100,8 +100,10 @@ def save_bytes(shards: PolicyShards, stage: int) -> int:
     """Host memory that a save takes on the first data-parallel rank of a shard, where a distributed optimizer's state
     is gathered in fp32 (master weights, both moments), and copied while it is written, as the weights are."""
     own = stage_parameters(shards, stage).total
-    gathered = 2 * 3 * FP32 if shards.optimizer.use_distributed_optimizer else 0
-    return own * (gathered + shards.item_bytes)
+    if not shards.optimizer.use_distributed_optimizer:
+        return own * shards.item_bytes
+    whole, received = 3 * FP32, 2 * FP32  # of all three; of one, from each rank and laid together
+    return max(own * (2 * whole + shards.item_bytes), own * (whole + received) + own * whole // shards.dp_size)
 
 
 def optimizer_bytes(shards: PolicyShards, stage: int) -> int:

@@ -19,8 +19,9 @@ OPTIMIZER_SHARDING = {
 """Layout of a distributed optimizer's state that does not depend on the number of data-parallel ranks. It is gathered
 on the first of them, through host memory; else all would hold all of it, and twice as much on their devices."""
 EXTRA_STATE = "_extra_state"
-"""End of the names of what is no tensor: torch would unpickle it as it stands. Without FP8 it holds nothing, and which
-modules have one differs between Megatron's own layers and Transformer Engine's."""
+"""How the last part of a name begins that is no tensor's (a grouped layer numbers them): torch would unpickle it as it
+stands. Without FP8 it holds nothing, and which modules have one differs between Megatron's layers and Transformer
+Engine's."""
 OPTIMIZER = "optimizer_class"
 
 
@@ -35,7 +36,9 @@ def save_policy(
         OPTIMIZER: optimizer_class(optimizer),
         "scheduler": scheduler.state_dict(),
     }
-    dist_checkpointing.save(state, str(folder), content_metadata=OPTIMIZER_SHARDING)
+    dist_checkpointing.save(
+        state, str(folder), content_metadata=OPTIMIZER_SHARDING, preprocess_common_before_consistancy_check=_common
+    )  # fmt: skip
 
 
 def load_policy(
@@ -59,7 +62,7 @@ def load_policy(
     }
     state = dist_checkpointing.load(state, str(folder))
     found = model.load_state_dict(state["model"], strict=False)
-    wrong = [name for name in (*found.missing_keys, *found.unexpected_keys) if not name.endswith(EXTRA_STATE)]
+    wrong = [name for name in (*found.missing_keys, *found.unexpected_keys) if not is_extra_state(name)]
     if wrong:
         raise ValueError(f"{folder} lacks weights of the policy, or has others: {', '.join(wrong)}")
     optimizer.load_state_dict(state["optimizer"])
@@ -69,7 +72,20 @@ def load_policy(
 
 def stored_tensors(model: MegatronModule) -> dict:
     """Of a model, what a checkpoint holds: its tensors, by name."""
-    return {name: each for name, each in model.sharded_state_dict().items() if not name.endswith(EXTRA_STATE)}
+    return {name: each for name, each in model.sharded_state_dict().items() if not is_extra_state(name)}
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether a model's entry is no tensor."""
+    return name.rpartition(".")[2].startswith(EXTRA_STATE)
+
+
+def _common(state: dict) -> dict:
+    """What all ranks hold alike of what is no tensor: those that gathered nothing say so by a None."""
+    return {
+        name: _common(each) if isinstance(each, dict) else each
+        for name, each in state.items() if not (name == "param_state" and each is None)
+    }  # fmt: skip
 
 
 def optimizer_class(optimizer: MegatronOptimizer) -> str:

@@ -15,6 +15,9 @@ from tlt.spec.acceptance import AcceptanceStats
 from tlt.spec.draft_kind import standing_rates
 from tlt.spec.verification import REJECTED
 
+COMPARED_ROWS = 16
+"""Of the vocabulary, in float64 and sorted, whose kinds of drafts are compared at once: memory bounds it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
@@ -53,12 +56,18 @@ class Proposal:
 
 
 def agreed_proposal(shared: tuple, own: Proposal | None, *, request_name: str) -> Proposal:
-    """A request's drafts as the replica's first rank `shared` them; this rank's `own` probabilities only where its
-    tokens are the same."""
+    """A request's drafts as the replica's first rank `shared` them; this rank's `own` probabilities only as far as its
+    tokens are the same, all that both have."""
     drafter, token_ids, confidences, match_length, temperature = shared
-    is_same = own is not None and own.drafter == drafter and own.token_ids == token_ids
-    like = own if is_same else Proposal(drafter=drafter, request_name=request_name, token_ids=token_ids)
-    return replace(like, confidences=np.array(confidences), match_length=match_length, temperature=temperature)
+    count = len(token_ids)
+    if own is not None and own.drafter == drafter and own.token_ids[:count] == token_ids[: len(own.token_ids)]:
+        like = own.first(min(count, len(own.token_ids)))
+    else:
+        like = Proposal(drafter=drafter, request_name=request_name, token_ids=token_ids)
+    return replace(
+        like, token_ids=token_ids, confidences=np.array(confidences), match_length=match_length,
+        temperature=temperature,
+    )  # fmt: skip
 
 
 @dataclass
@@ -146,12 +155,16 @@ class DraftLedger:
         """Of one drafter's proposals, each with the policy's [N, V] where its tokens were decided: what each kind of
         draft would have been accepted with, of all at once, since each copy from a device waits for it."""
         ids = decided[0][0].draft_token_ids
+        decided = [(one, rows[: len(one.draft_probs)]) for one, rows in decided]  # of another rank's draft, a part
         policy = torch.cat([rows for _, rows in decided])
         drafts = torch.cat([one.draft_probs[: len(rows)] for one, rows in decided])
-        rates = standing_rates(policy if ids is None else policy[:, ids], drafts)
-        by_proposal = torch.stack(list(rates.values())).cpu().split([len(rows) for _, rows in decided], dim=1)
-        for (proposal, _), own in zip(decided, by_proposal, strict=True):
-            sums = dict(zip(rates, own.sum(1).tolist(), strict=True))
+        rates = [
+            standing_rates(rows if ids is None else rows[:, ids], own)
+            for rows, own in zip(policy.split(COMPARED_ROWS), drafts.split(COMPARED_ROWS), strict=True)
+        ]
+        found = torch.cat([torch.stack(list(each.values())) for each in rates], dim=1).cpu()
+        for (proposal, _), own in zip(decided, found.split([len(rows) for _, rows in decided], dim=1), strict=True):
+            sums = dict(zip(rates[0], own.sum(1).tolist(), strict=True))
             self.stats[proposal.drafter].compare(sums, own.shape[1])
             self.on_compared(proposal, sums, own.shape[1])
 
