@@ -136,6 +136,9 @@ def fingerprint(config: RunConfig) -> dict:
         "--data-weights": None if data.weights is None else list(data.weights),
         "--data-instruction": data.instruction,
         "--data-exclude": list(data.exclude or ()),
+        "--data-chat-template": data.chat_template,
+        "--data-max-rejected": data.max_rejected,
+        "--eval-sources": list(config.eval.sources or ()),
         "--eval-num-prompts": config.eval.num_prompts,
     }
 

@@ -39,6 +39,8 @@ STATE = "run_state.json"
 HISTORY = "history.npz"
 TAIL = "tail_work.pt"
 SPECULATION = "speculation.json"
+ADDED_LATER = {"--data-chat-template", "--data-max-rejected", "--eval-sources"}
+"""Settings that checkpoints of earlier code do not name: these are resumed with any."""
 SPARE_BYTES = 16 * 2**20
 """Room beside the tensors of a checkpoint and the history, for all its small files."""
 
@@ -94,7 +96,8 @@ def read_state(checkpoint: Path, fingerprint: dict) -> RunState:
             f"{checkpoint / STATE} has another format than {FORMAT}: it is of another version of this code"
         )
     state = RunState(**record)
-    different = {key for key in fingerprint if state.fingerprint.get(key) != fingerprint[key]}
+    compared = fingerprint.keys() - (ADDED_LATER - state.fingerprint.keys())
+    different = {key for key in compared if state.fingerprint.get(key) != fingerprint[key]}
     if different:
         raise ValueError(
             f"--load {checkpoint.parent}: the run was started with other settings: "

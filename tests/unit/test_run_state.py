@@ -1,14 +1,16 @@
 """A run's folder belongs to one run at a time; the history of responses goes with its checkpoints."""
 
 import errno
+import json
 import socket
 
 import pytest
 import torch
 
-from tlt.build import check_saved_head
+from tlt.arguments import parse
+from tlt.build import check_saved_head, fingerprint
 from tlt.drafter.history import SuffixHistory
-from tlt.run_state import claim, read_history, shared_folder, write_history
+from tlt.run_state import ADDED_LATER, FORMAT, STATE, claim, read_history, read_state, shared_folder, write_history
 
 
 def test_a_folder_is_claimed_until_its_holder_ends(tmp_path):
@@ -76,3 +78,44 @@ def test_a_saved_head_of_another_shape_is_refused():
     check_saved_head({}, {}, load="run")
     with pytest.raises(ValueError, match=r"--spec-drafter must be of the shape of the head that --load run holds"):
         check_saved_head(state, {"eagle": torch.nn.Linear(2, 4)}, load="run")
+
+
+def settings(*flags: str) -> dict:
+    required = ["--hf-model", "m", "--save", "s", "--data-train", "reasoning-gym:gcd"]
+    return fingerprint(parse([*required, *flags], ""))
+
+
+def saved_under(found: dict, folder):
+    (folder / STATE).write_text(json.dumps({"format": FORMAT, "iteration": 3, "fingerprint": found}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seed", "7"],
+        ["--data-train", "reasoning-gym:lcm"],
+        ["--data-weights", "2"],
+        ["--data-instruction", "Think."],
+        ["--data-exclude", "cold.jsonl"],
+        ["--data-max-rejected", "1"],
+        ["--no-data-chat-template"],
+        ["--eval-sources", "reasoning-gym:lcm"],
+        ["--eval-num-prompts", "8"],
+    ],
+)
+def test_a_run_is_not_resumed_on_other_data(tmp_path, flags):
+    checkpoint = saved_under(settings(), tmp_path)
+    with pytest.raises(ValueError, match=f"other settings: {flags[0].replace('--no-', '--')} was "):
+        read_state(checkpoint, settings(*flags))
+
+
+def test_a_run_is_resumed_with_another_evaluation_and_from_earlier_code(tmp_path):
+    checkpoint = saved_under(settings(), tmp_path)
+    assert read_state(checkpoint, settings("--eval-interval", "2", "--eval-num-samples", "4")).iteration == 3
+    earlier = {name: value for name, value in settings().items() if name not in ADDED_LATER}
+    assert len(earlier) == len(settings()) - 3
+    checkpoint = saved_under(earlier, tmp_path)
+    assert read_state(checkpoint, settings("--no-data-chat-template", "--data-max-rejected", "1")).iteration == 3
+    with pytest.raises(ValueError, match="--seed was 1234, is 7"):
+        read_state(checkpoint, settings("--seed", "7"))
