@@ -49,7 +49,8 @@ from tlt.rollout.handover import HandoverBoard
 from tlt.rollout.log import RolloutLog
 from tlt.rollout.outlook import NoOutlook, Outlook
 from tlt.rollout.vllm.cost_profile import asks_prices, measure_costs
-from tlt.rollout.vllm.engine import VLLMRolloutEngine, parse_engine_args
+from tlt.rollout.vllm.engine import VLLMRolloutEngine
+from tlt.rollout.vllm.engine_args import parse_engine_args
 from tlt.rollout.vllm.graph_check import check_graphs
 from tlt.rollout.vllm.learned_drafter import shapes
 from tlt.rollout.vllm.speculation import LEARNED, read_spec_plan

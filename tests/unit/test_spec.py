@@ -1,5 +1,8 @@
 """Strategies, acceptance statistics, watchdog, guard, ledger and hidden-state buffer against small tables."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +11,12 @@ from tests.unit.drafter_cases import CONFIG
 from tlt.config import SpecConfig
 from tlt.drafter.buffer import HiddenStateBuffer, num_bytes
 from tlt.drafter.model import EagleHead, HeadShape, save_head
+from tlt.rollout.vllm.engine_args import OWNED, parse_engine_args
 from tlt.rollout.vllm.ledger import DraftLedger, Proposal, agreed_proposal
 from tlt.rollout.vllm.speculation import SpecPlan, read_spec_plan
 from tlt.spec.acceptance import AcceptanceStats
 from tlt.spec.draft_kind import standing_rates
-from tlt.spec.lossless import REFUSED, refuse_lossy
+from tlt.spec.lossless import BY_REASON, REFUSED, refuse_lossy
 from tlt.spec.policy import parse_policy
 from tlt.spec.strategy import DecodeStep, FixedStrategy, parse_strategy
 from tlt.spec.verification import REJECTED
@@ -152,7 +156,41 @@ def test_lossy_settings_are_refused_with_a_reason(name):
 
 
 def test_harmless_settings_pass():
-    refuse_lossy({"max_logprobs": 3, "kv_cache_dtype": "auto"}, "x")
+    refuse_lossy({"max_logprobs": 3, "block_size": 16}, "x")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}", '{"moe_backend": "triton", "disable_custom_all_reduce": true}', '{"compilation_config": {"mode": 0}}',
+    ],
+)  # fmt: skip
+def test_arguments_that_vllm_has_pass(text):
+    assert parse_engine_args(text) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"max_logprob": 3}', "got 'max_logprob'; close to it: max_logprobs"),
+        ('{"quantization": "fp8"}', "must not set quantization .* other weights than the policy's"),
+        ('{"kv_cache_dtype": "fp8"}', "must not set kv_cache_dtype"),
+        ('{"kv_cache_memory_bytes": 1}', "kv_cache_memory_bytes.*other flags decide"),
+        ('{"compilation_config": 3}', "compilation_config must be an object"),
+        ("[]", "must be a JSON object"),
+    ],
+)
+def test_arguments_of_the_engine_that_would_not_do_are_named(text, message):
+    with pytest.raises(ValueError, match=f"^--rollout-engine-args.*{message}"):
+        parse_engine_args(text)
+
+
+def test_refused_settings_are_spelt_as_vllm_spells_them():
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    assert {name for names in BY_REASON.values() for name in names} - known == {"bad_words"}
+    assert known >= OWNED
 
 
 @pytest.mark.parametrize(("own", "kept"), [([5, 6, 7], 2), ([5, 6], 2), ([5], 1), ([5, 9], None), ([9, 6, 7], None)])

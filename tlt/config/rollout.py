@@ -40,8 +40,8 @@ class RolloutConfig:
     """Iterations between which all responses with their probabilities are written to <save>/rollouts; 0 writes
     none."""
     engine_args: str = "{}"
-    """JSON object of further arguments of vLLM's engine. What other flags decide, or what would change the
-    distribution of responses, is refused."""
+    """JSON object of further arguments of vLLM's engine. What other flags decide, what would change model, weights or
+    the distribution of responses, and what vLLM does not have, is refused."""
     enforce_eager: bool = False
     """Run the engine without CUDA graphs (GPU; a CPU engine always does)."""
 

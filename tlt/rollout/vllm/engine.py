@@ -1,7 +1,6 @@
 """RolloutEngine on vLLM: one in-process engine per rank, tensor-parallel over neighbouring ranks of the torchrun
 world."""
 
-import json
 import logging
 import os
 import secrets
@@ -22,25 +21,19 @@ from tlt.rollout.placement import longest_first, place_groups
 from tlt.rollout.resources import give_back_memory
 from tlt.rollout.vllm import experts, readback, shared_memory
 from tlt.rollout.vllm.drafting import speculative_config
+from tlt.rollout.vllm.engine_args import parse_engine_args
 from tlt.rollout.vllm.graph_check import keep_one_schedule
 from tlt.rollout.vllm.requests import Requests
 from tlt.rollout.vllm.sampling import PositionSampler
 from tlt.rollout.vllm.speculation import SpecPlan, make_speculation
 from tlt.rollout.vllm.target_weights import EMBEDDING
 from tlt.spec.graph_plan import capture_sizes
-from tlt.spec.lossless import refuse_lossy
 from tlt.types import EngineStats, HiddenStateSample, Prompt, Rollout, RolloutGroup, SamplingConfig, rollout_name
 
 logger = logging.getLogger(__name__)
 
 STOP_CHECK_STEPS = 8
 """Engine steps between two agreements of a replica's ranks on whether to stop."""
-OWNED = {
-    "model", "dtype", "seed", "tensor_parallel_size", "distributed_executor_backend", "max_model_len", "max_num_seqs",
-    "max_num_batched_tokens", "num_gpu_blocks_override", "gpu_memory_utilization", "enforce_eager",
-    "enable_sleep_mode", "enable_prefix_caching", "logprobs_mode", "disable_log_stats",
-}  # fmt: skip
-"""Arguments of vLLM's engine that this file sets."""
 SYNCS_PER_FULL_CHECK = 8
 """Each weight sync reads back the embedding and one weight in this many, another share each time."""
 
@@ -58,25 +51,6 @@ def set_engine_environment(config: RolloutConfig) -> None:
         "HF_HUB_OFFLINE": "1",
     }.items():
         os.environ.setdefault(name, value)
-
-
-def parse_engine_args(text: str) -> dict:
-    """Raises ValueError where --rollout-engine-args, or `compilation_config` in it, is no JSON object, or where it
-    sets what it must not."""
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--rollout-engine-args must be a JSON object, got {text!r}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"--rollout-engine-args must be a JSON object, got {text!r}")
-    if not isinstance(found.get("compilation_config", {}), dict):
-        got = found["compilation_config"]
-        raise ValueError(f"--rollout-engine-args: compilation_config must be an object, got {got!r}")
-    refuse_lossy(found, "--rollout-engine-args")
-    owned = sorted(OWNED.intersection(found))
-    if owned:
-        raise ValueError(f"--rollout-engine-args must not set {owned}: other flags decide on them")
-    return found
 
 
 def graph_settings(config: RolloutConfig, spec: SpecPlan, given: dict) -> dict:
