@@ -11,9 +11,12 @@ import torch
 
 from tlt.config import RunConfig, check, read_hf_config
 from tlt.config.architecture import supported_rope
+from tlt.data.prompts import excluded_questions
 from tlt.data.source import parse_source
+from tlt.faults import parse_faults
 from tlt.footprint.engine import Drafters
 from tlt.footprint.table import GIB, Footprint, footprint
+from tlt.rollout.vllm.engine_args import parse_engine_args
 from tlt.rollout.vllm.speculation import LEARNED, SpecPlan, read_spec_plan
 from tlt.rollout.vllm.target_weights import not_at_hand, output_of
 from tlt.spec.graph_plan import most_tokens
@@ -42,11 +45,19 @@ def rehearse(config: RunConfig, *, world_size: int, ranks_per_node: int) -> Foot
 
         Inputs(config, world_size=world_size, ranks_per_node=ranks_per_node)
     else:
-        for flag, specs in (("--data-train", config.data.train), ("--eval-sources", config.eval.sources or ())):
-            for spec in specs:
-                parse_source(spec, flag, seed=config.training.seed, max_rejected=config.data.max_rejected)
+        check_inputs(config, world_size=world_size)
         logger.warning("not checked: prompts and their lengths (no tokenizer in --hf-model %s)", config.model.hf_model)
     return found
+
+
+def check_inputs(config: RunConfig, *, world_size: int) -> None:
+    """What `Inputs` checks that needs no tokenizer. Raises ValueError naming the flag or file."""
+    for flag, specs in (("--data-train", config.data.train), ("--eval-sources", config.eval.sources or ())):
+        for spec in specs:
+            parse_source(spec, flag, seed=config.training.seed, max_rejected=config.data.max_rejected)
+    excluded_questions(config.data.exclude or ())
+    parse_engine_args(config.rollout.engine_args)
+    parse_faults(config.training.fault or (), world_size=world_size)
 
 
 def drafters(plan: SpecPlan, hf_config: dict, *, max_num_seqs: int) -> Drafters:

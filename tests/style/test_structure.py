@@ -50,7 +50,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     },
     "launch": {"arguments"},
     "footprint": {"config", "rl", "weight_sync"},
-    "rehearsal": {"build", "config", "data", "footprint", "rollout", "spec"},
+    "rehearsal": {"build", "config", "data", "faults", "footprint", "rollout", "spec"},
     "build": None,  # knows all classes
     "__init__": set(),
 }  # fmt: skip

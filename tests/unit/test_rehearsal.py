@@ -30,6 +30,11 @@ def test_the_table_and_what_was_not_checked_are_said(tmp_path, caplog):
     [
         (["--data-train", "jsonl:absent.jsonl"], ["--data-train", "absent.jsonl"]),
         (["--eval-sources", "gsm8k"], ["--eval-sources", "gsm8k"]),
+        (["--data-exclude", "absent.jsonl"], ["--data-exclude", "absent.jsonl"]),
+        (["--rollout-engine-args", "{bad"], ["--rollout-engine-args", "JSON object", "{bad"]),
+        (["--rollout-engine-args", '{"quantization": "fp8"}'], ["--rollout-engine-args", "quantization"]),
+        (["--fault", "bogus"], ["--fault", "bogus"]),
+        (["--fault", "slow@update/1/8"], ["--fault", "no rank 8"]),
         (["--spec-strategy", "fly:4"], ["--spec-strategy", "fly:4"]),
         (["--spec-drafter", "absent"], ["--spec-drafter", "absent"]),
         (["--tensor-model-parallel-size", "8"], ["28 attention heads", "got 8"]),
