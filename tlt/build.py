@@ -1,14 +1,12 @@
 """RunConfig -> components. The only file that knows all classes."""
 
 import copy
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,6 +24,7 @@ from tlt.config import (
 )
 from tlt.data.prompts import PromptBuilder, PromptStream, excluded_questions, held_out_prompts
 from tlt.data.source import question_key
+from tlt.data.tokenizer import read_tokenizer, stop_token_ids
 from tlt.drafter.history import SuffixHistory
 from tlt.drafter.learner import HeadLearner
 from tlt.drafter.model import EagleHead
@@ -69,7 +68,7 @@ from tlt.spot.board import TailBoard
 from tlt.spot.training import NoSpotTraining, SpotTraining
 from tlt.trace import Trace
 from tlt.types import Prompt, SamplingConfig
-from tlt.weight_sync.gather import PolicyWeights
+from tlt.weight_sync.gather import PolicyWeights, weight_files
 from tlt.weight_sync.sync import StreamedWeightSync
 
 logger = logging.getLogger(__name__)
@@ -85,12 +84,13 @@ class Inputs:
     """
 
     def __init__(self, config: RunConfig, *, world_size: int, ranks_per_node: int):
-        from transformers import AutoTokenizer
-
         training, rollout = config.training, config.rollout
         self.hf_config = read_hf_config(config.model.hf_model)
         check(config, world_size=world_size, ranks_per_node=ranks_per_node, hf_config=self.hf_config)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model.hf_model)
+        folder = Path(config.model.hf_model)
+        if not training.dry_run:  # whose directory may have no weights yet
+            require(bool(weight_files(folder)), "--hf-model", str(folder), "a directory with *.safetensors files")
+        self.tokenizer = read_tokenizer(folder)
         context = rollout.max_model_len or self.hf_config["max_position_embeddings"]
         builder = PromptBuilder(
             config.data, tokenizer=self.tokenizer, max_prompt_tokens=context - rollout.max_response_tokens
@@ -107,7 +107,7 @@ class Inputs:
         first = self.prompts.next_batch(config.rl.prompts_per_iteration)  # a prompt that is too long shows now
         self.prompts.load_state_dict(begin)
         logger.info("first prompt: %r", first[0].text)
-        self.stop_token_ids = stop_token_ids(Path(config.model.hf_model), self.hf_config, self.tokenizer)
+        self.stop_token_ids = stop_token_ids(folder, self.hf_config, self.tokenizer)
         parse_engine_args(rollout.engine_args)
         self.spec = read_spec_plan(
             config.spec, target_config=self.hf_config, dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
@@ -162,16 +162,6 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     if complete_checkpoints(save) and (training.load is None or Path(training.load).resolve() != save.resolve()):
         raise ValueError(f"--save {save} already holds a run: resume it with --load {save}, or choose another folder")
     return found
-
-
-def stop_token_ids(folder: Path, hf_config: dict, tokenizer: Any) -> list[int]:
-    """Tokens that end a response: of generation_config.json, else of config.json, else the tokenizer's."""
-    path = folder / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.is_file() else {}
-    for value in (generation.get("eos_token_id"), hf_config.get("eos_token_id"), tokenizer.eos_token_id):
-        if value is not None:
-            return list(value) if isinstance(value, list) else [value]
-    raise ValueError(f"--hf-model {folder}: neither its configs nor its tokenizer name an end-of-sequence token")
 
 
 def build(config: RunConfig, inputs: Inputs) -> Run:

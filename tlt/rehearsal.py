@@ -13,6 +13,7 @@ from tlt.config import RunConfig, check, read_hf_config
 from tlt.config.architecture import supported_rope
 from tlt.data.prompts import excluded_questions
 from tlt.data.source import parse_source
+from tlt.data.tokenizer import has_tokenizer
 from tlt.faults import parse_faults
 from tlt.footprint.engine import Drafters
 from tlt.footprint.table import GIB, Footprint, footprint
@@ -87,10 +88,6 @@ def device_bytes(gpu_gib: float | None) -> int | None:
     if gpu_gib is not None:
         return int(gpu_gib * GIB)
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
 
 
 def shape(config: RunConfig, *, world_size: int, ranks_per_node: int) -> list[str]:

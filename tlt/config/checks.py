@@ -1,12 +1,18 @@
 """Checks across components and against the model's files, before any process group exists."""
 
-import json
 import os
+from pathlib import Path
 
 from tlt.config.architecture import experts_of
 from tlt.config.policy import ModelConfig
-from tlt.config.requirement import require
+from tlt.config.requirement import read_object, require
 from tlt.config.run import RunConfig
+
+SHAPE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
+EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
 
 
 def check_policy_layout(model: ModelConfig, *, world_size: int, hf_config: dict) -> None:
@@ -108,12 +114,11 @@ def check_spot(config: RunConfig) -> None:
 
 
 def read_hf_config(folder: str) -> dict:
-    """The model's config.json; a ValueError names what is missing."""
+    """The model's config.json; a ValueError names what is missing, or not what it should be."""
     path = os.path.join(folder, "config.json")
     require(os.path.isdir(folder), "--hf-model", folder, "an existing directory")
     require(os.path.isfile(path), "--hf-model", folder, "a Hugging Face model directory (config.json is missing)")
-    with open(path) as file:
-        config = json.load(file)
+    config = read_object(Path(path), "--hf-model")
     supported = ("llama", "qwen2", "qwen3", "qwen3_moe")
     require(
         config.get("model_type") in supported,
@@ -128,4 +133,25 @@ def read_hf_config(folder: str) -> dict:
         dense,
         "1 and []: a mixture of experts in all layers",
     )
+    check_shape(config, folder)
     return config
+
+
+def check_shape(hf_config: dict, folder: str) -> None:
+    """That config.json has the numbers that a model is made of."""
+    needed = [*SHAPE]
+    if hf_config["model_type"] == "qwen3_moe":
+        is_renamed = not hf_config.get("num_experts") and "num_local_experts" in hf_config  # as transformers 5 writes
+        needed += ["num_local_experts" if is_renamed else "num_experts", *EXPERTS]
+    given = [name for name in ("num_key_value_heads", "head_dim") if hf_config.get(name) is not None]
+    for name in (*needed, *given):
+        value = hf_config.get(name)
+        is_count = type(value) is int and value >= 1
+        require(is_count, f"--hf-model {folder}: {name} in config.json", value, "a whole number of at least 1")
+    epsilon = hf_config.get("rms_norm_eps")
+    is_positive = isinstance(epsilon, int | float) and epsilon > 0
+    require(is_positive, f"--hf-model {folder}: rms_norm_eps in config.json", epsilon, "a number above 0")
+    for name in ("rope_parameters", "rope_scaling"):
+        value = hf_config.get(name)
+        is_object = value is None or isinstance(value, dict)
+        require(is_object, f"--hf-model {folder}: {name} in config.json", value, "an object")
