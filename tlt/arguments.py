@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import math
 import textwrap
 import types
 import typing
@@ -20,6 +21,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(message)
+
+
+def finite_float(text: str) -> float:
+    """A number that bounds mean something for: `nan` and `inf` pass where there is none on their side."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value
+
+
+TYPES = {int: int, str: str, float: finite_float}
+"""Of a field -> what reads its flag."""
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -44,8 +60,8 @@ def flag_kwargs(hint: type) -> dict:
         choices = typing.get_args(hint)
         return {"type": type(choices[0]), "choices": choices}
     if typing.get_origin(hint) is tuple:
-        return {"type": typing.get_args(hint)[0], "nargs": "+", "metavar": "X"}
-    return {"type": hint, "metavar": hint.__name__.upper()}
+        return {"type": TYPES[typing.get_args(hint)[0]], "nargs": "+", "metavar": "X"}
+    return {"type": TYPES[hint], "metavar": hint.__name__.upper()}
 
 
 def flag_name(part: str, field: str) -> str:

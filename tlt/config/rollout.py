@@ -49,6 +49,9 @@ class RolloutConfig:
         for flag in ("tensor_parallel_size", "max_response_tokens", "max_num_seqs", "kv_cache_gib"):
             value = getattr(self, flag)
             require(value >= 1, "--rollout-" + flag.replace("_", "-"), value, "at least 1")
+        for flag in ("max_model_len", "max_num_batched_tokens", "num_gpu_blocks_override"):
+            value = getattr(self, flag)
+            require(value is None or value >= 1, "--rollout-" + flag.replace("_", "-"), value, "at least 1")
         require(
             self.temperature > 0,
             "--rollout-temperature",
