@@ -116,6 +116,21 @@ def test_what_does_not_fit_is_refused_with_the_phase_and_the_largest_part():
     of("smollm2_135m", world_size=1).require_fit()
 
 
+@pytest.mark.parametrize(
+    ("gpu_gib", "flags", "named"),
+    [
+        (79, [], "--rollout-gpu-memory-utilization, --rollout-tensor-parallel-size"),
+        (None, [], "--rollout-kv-cache-gib, --rollout-tensor-parallel-size"),
+        (79, ["--rollout-num-gpu-blocks-override", "3"], "--rollout-num-gpu-blocks-override"),
+        (None, ["--rollout-num-gpu-blocks-override", "3"], "--rollout-num-gpu-blocks-override"),
+    ],
+)
+def test_a_kv_cache_that_is_too_small_names_what_sizes_it(gpu_gib, flags, named):
+    with pytest.raises(ValueError, match=".") as caught:
+        of("llama3.3_70b", *flags, world_size=64, gpu_gib=gpu_gib).require_fit()
+    assert f"KV cache ({named}; or a smaller --rollout-max-model-len) must be" in str(caught.value)
+
+
 def test_ranks_on_a_cpu_hold_everything_at_once_and_are_not_refused():
     found = of("smollm2_135m", gpu_gib=None)
     assert gib_of(found, "optimizer state", "rollout") == gib_of(found, "optimizer state", "update") > 0

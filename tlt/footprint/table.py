@@ -6,7 +6,7 @@ the network; RESERVE stands for all that is not computed.
 
 from dataclasses import dataclass, replace
 
-from tlt.config import RunConfig, require
+from tlt.config import RolloutConfig, RunConfig, require
 from tlt.footprint import policy
 from tlt.footprint.engine import Drafters, EngineFootprint, engine_footprint
 
@@ -39,6 +39,8 @@ class Footprint:
     save_bytes: int
     """Host memory beyond it, while a checkpoint is saved, on the first data-parallel rank of the fullest shard."""
     ranks_per_node: int
+    cache_flags: str
+    """That decide how many tokens the KV cache has room for."""
 
     @property
     def totals(self) -> tuple[int, ...]:
@@ -61,7 +63,7 @@ class Footprint:
         """Raises ValueError naming what to change where a phase does not fit the GPU, or no sequence the KV cache."""
         require(
             self.engine.kv_tokens >= self.context,
-            "KV cache (--rollout-gpu-memory-utilization, --rollout-tensor-parallel-size)",
+            f"KV cache ({self.cache_flags}; or a smaller --rollout-max-model-len)",
             f"{self.engine.kv_tokens} tokens",
             f"at least one sequence of {self.context} tokens",
         )
@@ -89,6 +91,14 @@ def gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f}"
 
 
+def cache_flags(rollout: RolloutConfig, *, on_gpu: bool) -> str:
+    """Those that size the KV cache of a rank; the number of its blocks goes before memory."""
+    if rollout.num_gpu_blocks_override is not None:
+        return "--rollout-num-gpu-blocks-override"
+    memory = "--rollout-gpu-memory-utilization" if on_gpu else "--rollout-kv-cache-gib"
+    return f"{memory}, --rollout-tensor-parallel-size"
+
+
 def footprint(
     config: RunConfig, hf_config: dict, drafters: Drafters, *, world_size: int, ranks_per_node: int,
     device_bytes: int | None,
@@ -105,7 +115,7 @@ def footprint(
     )
     found = Footprint(
         rows=(), engine=engine, context=context, device_bytes=device_bytes, host_bytes=0, save_bytes=0,
-        ranks_per_node=ranks_per_node,
+        ranks_per_node=ranks_per_node, cache_flags=cache_flags(config.rollout, on_gpu=device_bytes is not None),
     )  # fmt: skip
     stages = [stage_rows(config, shards, found, stage) for stage in range(shards.pp_size)]
     stage = max(range(shards.pp_size), key=lambda stage: max(replace(found, rows=stages[stage]).totals))
