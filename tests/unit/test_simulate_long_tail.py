@@ -155,6 +155,8 @@ def test_points_are_combinations_without_what_cannot_matter():
     )  # fmt: skip
     # For each number of ranks and each way to move: plain once, eagle:4 with two limits, idle or with two thresholds.
     assert len(found) == len(set(found)) == 2 * 2 * (1 + 2 * 3)
+    learning = points(sweep(strategies=["cost-model@eagle:4"], max_running_requests=[0, 8]))
+    assert [one.max_running_requests for one in learning] == [0, 0]
     assert [one.requests for one in points(sweep(ranks=[2, 4], global_requests=64))] == [32, 16]
 
 

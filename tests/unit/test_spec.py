@@ -68,6 +68,15 @@ def test_a_bad_policy_is_refused_by_name(text, message):
     assert str(caught.value).startswith("--spec-strategy")
 
 
+@pytest.mark.parametrize("text", ["schedule@1=eagle:6/9=off", "beg-mab@1=suffix:2|suffix:4", "cost-model@suffix:2"])
+def test_a_threshold_is_refused_where_nothing_would_ask_for_it(text):
+    parse_policy(text, "--spec-strategy")
+    with pytest.raises(ValueError, match=r"^--spec-max-running-requests must be left out with .*, got 8"):
+        parse_policy(text, "--spec-strategy", max_running_requests=8)
+    policy, _ = parse_policy("adaptive:4", "--spec-strategy", max_running_requests=8)
+    assert policy.choose(9) == OFF
+
+
 def played(policy, seconds: dict[str, float], *, num_running: int, steps: int) -> list[str]:
     """Choices of a policy where each strategy's step takes its time and gives a token for each request."""
     choices = []

@@ -14,6 +14,7 @@ from tlt.simulation.drafter_quality import DrafterQuality
 from tlt.simulation.lengths import Lengths
 from tlt.simulation.run import Iteration, Setting, Workload, simulate
 from tlt.simulation.step_table import Engine, StepTable, step_table
+from tlt.spec.policy import takes_threshold
 from tlt.types import OFF
 
 PLAIN = str(OFF)
@@ -76,7 +77,8 @@ class Point:
 
 
 def points(sweep: Sweep) -> list[Point]:
-    """All, without those that differ in what cannot matter: a plain replica has no threshold and nothing to train."""
+    """All, without those that differ in what cannot matter: a plain replica has no threshold and nothing to train, and
+    a policy that decides at each batch size has no threshold."""
     found = {}
     strategies = dict.fromkeys([PLAIN, *sweep.strategies])
     for ranks, requests, group_size, longest in product(
@@ -89,7 +91,7 @@ def points(sweep: Sweep) -> list[Point]:
             is_plain = strategy == PLAIN
             point = Point(
                 ranks=ranks, requests=own, group_size=group_size, longest=longest, strategy=strategy,
-                max_running_requests=0 if is_plain else most, consolidation=moves,
+                max_running_requests=most if takes_threshold(strategy) and not is_plain else 0, consolidation=moves,
                 training=trains and not is_plain, switch_s=switch_s if trains and not is_plain else 0.0,
             )  # fmt: skip
             found[point] = None

@@ -6,7 +6,7 @@
 
 from collections.abc import Sequence
 
-from tlt.config.requirement import is_count
+from tlt.config.requirement import is_count, require
 from tlt.spec.bandit import BegMab
 from tlt.spec.cost_policy import CostModelPolicy
 from tlt.spec.strategy import ADAPTIVE, METHODS, FixedStrategy, Schedule, StrategyPolicy, parse_strategy
@@ -23,6 +23,12 @@ def parse_policy(
     text: str, flag: str, *, max_running_requests: int | None = None, seed: int = 0
 ) -> tuple[StrategyPolicy, tuple[SpecStrategy, ...]]:
     """(policy, all strategies it may choose). Raises ValueError naming the flag."""
+    require(
+        max_running_requests is None or takes_threshold(text),
+        "--spec-max-running-requests",
+        max_running_requests,
+        f"left out with {flag} {text}, which decides at each batch size itself",
+    )
     if text.startswith(SCHEDULE):
         rows = [(first, only(arms, text, flag)) for first, arms in parse_rows(text.removeprefix(SCHEDULE), flag)]
         return named(flag, lambda: Schedule(rows)), tuple(strategy for _, strategy in rows)
@@ -35,6 +41,11 @@ def parse_policy(
         return CostModelPolicy(arms), tuple(arms)
     strategy = parse_strategy(text, flag)
     return FixedStrategy(strategy, max_running_requests=max_running_requests), (strategy,)
+
+
+def takes_threshold(text: str) -> bool:
+    """Whether a number of running requests, above which it is off, means anything to a policy."""
+    return not text.startswith((SCHEDULE, BEG_MAB, COST_MODEL))
 
 
 def parse_rows(text: str, flag: str) -> list[tuple[int, list[SpecStrategy]]]:
