@@ -105,6 +105,10 @@ def test_a_bad_flag_is_named(flags, part):
         (["--rollout-tensor-parallel-size", "8"], 8, "ranks of a node (4)"),
         (["--rollout-max-response-tokens", "128"], 1, "context length of 128"),
         (["--rollout-max-model-len", "129"], 1, "context of 128"),
+        (["--drafter-lr", "1e-3"], 1, "must be left at 0.002: idle ranks train at --spot-lr, got 0.001"),
+        (["--drafter-min-lr-frac", "1"], 1, "left at 0.01"),
+        (["--drafter-warmup-steps", "5"], 1, "left at 30: idle ranks train after --spot-warmup-steps"),
+        (["--drafter-ema-decay", "0.9"], 1, "--spot-ema-decay"),
     ],
 )
 def test_what_does_not_fit_together_is_named(flags, world_size, part):
@@ -142,6 +146,11 @@ def test_what_does_not_fit_experts_is_named(flags, world_size, part):
     if flags[0] == "--expert-model-parallel-size":
         with pytest.raises(ValueError, match="a model of type llama has no experts"):
             check(config, world_size=12, ranks_per_node=4, hf_config=HF)
+
+
+def test_settings_of_the_drafter_that_idle_ranks_follow_pass():
+    flags = ["--drafter-num-depths", "3", "--drafter-lr", "2e-3", "--rollout-max-response-tokens", "16"]
+    check(parse([*REQUIRED, *flags], ""), world_size=1, ranks_per_node=1, hf_config=HF)
 
 
 def test_means_are_sums_over_counts_and_maxima_are_maxima():

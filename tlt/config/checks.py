@@ -1,9 +1,11 @@
 """Checks across components and against the model's files, before any process group exists."""
 
+import dataclasses
 import os
 from pathlib import Path
 
 from tlt.config.architecture import experts_of
+from tlt.config.drafter import DrafterConfig
 from tlt.config.policy import ModelConfig
 from tlt.config.requirement import read_object, require
 from tlt.config.run import RunConfig
@@ -13,6 +15,15 @@ SHAPE = (
     "max_position_embeddings",
 )  # fmt: skip
 EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
+
+NOT_SPOTS = {
+    "lr": "at --spot-lr",
+    "min_lr_frac": "at a constant --spot-lr",
+    "warmup_steps": "after --spot-warmup-steps",
+    "ema_decay": "with --spot-ema-decay",
+}
+"""Fields of DrafterConfig that idle ranks do not follow -> what they do."""
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(DrafterConfig)}
 
 
 def check_policy_layout(model: ModelConfig, *, world_size: int, hf_config: dict) -> None:
@@ -93,7 +104,10 @@ def check(config: RunConfig, *, world_size: int, ranks_per_node: int, hf_config:
 
 
 def check_spot(config: RunConfig) -> None:
-    """What training of the drafter on idle ranks needs."""
+    """What training of the drafter on idle ranks needs, and what it would not read."""
+    for field, instead in NOT_SPOTS.items():
+        flag, value, default = "--drafter-" + field.replace("_", "-"), getattr(config.drafter, field), DEFAULTS[field]
+        require(value == default, flag, value, f"left at {default}: idle ranks train {instead}")
     if config.spot.training == "off":
         return
     spec, flag = config.spec, "--spot-training on"
