@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from tlt.arguments import parse
+from tlt.config.requirement import is_count, require
+
+
+def told(name: str, default: int, *, least: int) -> int:
+    """A number that torchrun puts into the environment. Raises ValueError naming the variable."""
+    text = os.environ.get(name, str(default))
+    require(is_count(text) and int(text) >= least, f"{name} in the environment", text, f"a number of at least {least}")
+    return int(text)
 
 
 def ranks_per_node(world_size: int) -> int:
-    """Ranks of each machine, as torchrun says; all of them where it does not."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    """Ranks of each machine, as torchrun says; all of them where it does not. Raises ValueError."""
+    return told("LOCAL_WORLD_SIZE", world_size, least=1)
 
 
 def prepare(
@@ -25,7 +33,13 @@ def prepare(
 
     `program` is its path in the repository; `read_inputs(config, world_size)` raises ValueError naming flag or file.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    name = Path(program).name
+    try:
+        rank, world_size = told("RANK", 0, least=0), told("WORLD_SIZE", 1, least=1)
+        local_rank = told("LOCAL_RANK", rank, least=0)
+    except ValueError as error:
+        sys.stderr.write(f"{name}: error: {error}\n")
+        return 2
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"[rank {rank}] %(message)s" if world_size > 1 else "%(message)s",
@@ -39,8 +53,8 @@ def prepare(
             raise ValueError(f"start with torchrun: torchrun --nproc_per_node N {program} ... (or use --dry-run)")
         inputs = read_inputs(config, world_size)
     except ValueError as error:
-        if int(os.environ.get("LOCAL_RANK", rank)) == 0:  # what is wrong may be wrong on one node only
-            sys.stderr.write(f"{Path(program).name}: error: {error}\n")
+        if local_rank == 0:  # what is wrong may be wrong on one node only
+            sys.stderr.write(f"{name}: error: {error}\n")
         return 2
     logger.info("config %s", json.dumps(dataclasses.asdict(config), indent=1))
     if config.training.dry_run:

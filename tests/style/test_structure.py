@@ -48,7 +48,7 @@ MAY_IMPORT = {  # package or module of tlt -> packages of tlt it may import besi
     "sft": BASE | {
         "data", "heartbeat", "interrupt", "metrics", "parallel", "policy", "progress", "run_state", "trace",
     },
-    "launch": {"arguments"},
+    "launch": {"arguments", "config"},
     "footprint": {"config", "rl", "weight_sync"},
     "rehearsal": {"build", "config", "data", "faults", "footprint", "rollout", "spec"},
     "build": None,  # knows all classes
