@@ -32,9 +32,11 @@ CPU_PATCHES = (
     "cpu_moe_synchronize",
 )
 """Files for a machine without CUDA, in the order they are applied."""
-EVERYWHERE = ("adamw_distributed_step", "moe_router_linear", "moe_topk_ties")
-"""Files for all machines: what Megatron does where Transformer Engine and Apex are not installed, and experts."""
-ALL_PATCHES = CPU_PATCHES + EVERYWHERE
+EVERYWHERE = ("adamw_distributed_step", "moe_router_linear")
+"""Files for all machines: what Megatron does where Transformer Engine and Apex are not installed."""
+GPU_PATCHES = ("moe_topk_ties",)
+"""Files for a machine with CUDA."""
+ALL_PATCHES = CPU_PATCHES + EVERYWHERE + GPU_PATCHES
 
 
 def load_patch(name: str) -> Patch:
@@ -45,7 +47,7 @@ def apply_patches() -> list[str]:
     """Apply what this machine needs and return the names of the patches in force."""
     import torch
 
-    names = EVERYWHERE if torch.cuda.is_available() else ALL_PATCHES
+    names = EVERYWHERE + GPU_PATCHES if torch.cuda.is_available() else CPU_PATCHES + EVERYWHERE
     for name in names:
         load_patch(name).apply()
     logger.info("patches of Megatron for this machine: %s", ", ".join(names))
@@ -58,9 +60,9 @@ def readme() -> str:
     lines = [
         "# Patches of upstream",
         "",
-        "One file each; applied by `apply_patches()`: `cpu_*` where CUDA is not available, the others everywhere. A",
-        "version or source text that a patch was not written for stops the run. Tests in `tests/patches/` show that",
-        "each bug is there unpatched, so they say when a patch can go.",
+        "One file each; applied by `apply_patches()`: `cpu_*` where CUDA is not available, `moe_topk_ties` where it",
+        "is, the others everywhere. A version or source text that a patch was not written for stops the run. Tests in",
+        "`tests/patches/` show that each bug is there unpatched, so they say when a patch can go.",
         "",
         "| name | symbol | versions | why | watch |",
         "|---|---|---|---|---|",

@@ -1,7 +1,8 @@
 """Of experts with equal logits the router takes those that `torch.topk` happens to name first, which no one defines;
-vLLM's kernel takes the lower numbers. In bfloat16 the last chosen of 8 in 128 experts equals the next one in some 6 %
-of a layer's tokens (of Gaussian logits), so over all layers most tokens would be computed by other experts than they
-were sampled with. The function is copied with a stable sort in the place of `torch.topk`.
+vLLM's CUDA kernel takes the lower numbers. In bfloat16 the last chosen of 8 in 128 experts equals the next one in some
+6 % of a layer's tokens (of Gaussian logits), so over all layers most tokens would be computed by other experts than
+they were sampled with. The function is copied with a stable sort in the place of `torch.topk`. On a CPU vLLM asks
+`torch.topk` too, and both agree as they are.
 
 Remove when upstream breaks ties by number, or when responses bring their experts along.
 """
@@ -23,8 +24,9 @@ class _StableTorch(types.ModuleType):
 
 def stable_topk(scores: torch.Tensor, k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest in falling order; of equal ones the first."""
-    values, indices = torch.sort(scores, dim=dim, descending=True, stable=True)
-    return values.narrow(dim, 0, k), indices.narrow(dim, 0, k)
+    order = torch.sort(scores.detach(), dim=dim, descending=True, stable=True).indices
+    indices = order.narrow(dim, 0, k).contiguous()  # the backward pass keeps them, and not the rest
+    return scores.gather(dim, indices), indices
 
 
 STABLE_TORCH = _StableTorch("torch")

@@ -8,6 +8,7 @@ PREFIX.md.
 
 import argparse
 import json
+import math
 import random
 import subprocess
 import sys
@@ -128,6 +129,8 @@ def slope(values: dict[int, float], starts: list[Start], *, warm_up: int) -> tup
             rows.append((iteration, values[iteration]))
             levels.append(number)
             blocks.append((number, (iteration - span.start) // 10))
+    if len(rows) < 2 or len(set(levels)) == len(rows):
+        return math.nan, math.nan, len(rows)  # no start is longer than its warm-up
     x, y = np.array(rows, dtype=np.float64).T
     for number in set(levels):
         own = np.array(levels) == number

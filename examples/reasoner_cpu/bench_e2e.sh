@@ -13,8 +13,8 @@ cold="${COLD:-}"
 if [[ -z $cold ]]; then
     cold="$(bash "$root/examples/reasoner_cpu/run.sh" --cold-start-only | tee /dev/stderr |
         sed -n 's/^cold-started policy: \(.*\)\/hf$/\1/p')"
-else
-    bash "$root/tools/setup_env.sh"  # run.sh does so too
+elif [[ ! -x $venv/bin/python ]]; then
+    bash "$root/tools/setup_env.sh"  # run.sh does so too; an environment that is there may be one for GPUs
 fi
 source "$root/examples/reasoner_cpu/recipe.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one core a rank

@@ -19,7 +19,7 @@ from megatron_patches.cpu_torch import on_cpu
 from megatron_patches.patch import fingerprint
 
 pytestmark = pytest.mark.megatron
-NAMES = megatron_patches.ALL_PATCHES
+NAMES = megatron_patches.CPU_PATCHES + megatron_patches.EVERYWHERE
 
 PROBE = """
 import importlib, inspect, json, sys, torch
@@ -61,7 +61,7 @@ def unpatched() -> dict:
     return json.loads(shown.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "moe_topk_ties"])  # that one is of no device
+@pytest.mark.parametrize("name", NAMES)
 def test_unpatched_upstream_reaches_for_cuda(unpatched, name):
     assert unpatched["current_device"] != "works"
     assert unpatched["factory"] != "works"
@@ -100,18 +100,35 @@ def test_a_router_computes_without_transformer_engine(unpatched):
     torch.testing.assert_close(logits, inputs[0].float() @ inputs[1].float().T)
 
 
-def test_of_equal_experts_those_of_lower_number_are_chosen():
-    megatron_patches.apply_patches()
-    from megatron.core.transformer.moe.router import topk_routing_with_score_function
+def routed(route, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights, chosen experts) [tokens, experts] of the best 8, by Megatron's function."""
+    return route(logits, 8, score_function="softmax")
 
-    logits = torch.randn(512, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    probs, chosen = topk_routing_with_score_function(logits, 8, score_function="softmax")
-    order = np.argsort(-logits.float().numpy(), axis=1, kind="stable")[:, :8]
+
+LOGITS = torch.randn(512, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def test_of_equal_experts_those_of_lower_number_are_chosen():
+    patch = megatron_patches.load_patch("moe_topk_ties")
+    assert fingerprint(patch.original()) in patch.source_sha256
+    patched = patch.make(patch.original())
+    (probs, chosen), (_, by_torch) = routed(patched, LOGITS), routed(patch.original(), LOGITS)
+    order = np.argsort(-LOGITS.float().numpy(), axis=1, kind="stable")[:, :8]
     expected = torch.zeros_like(chosen).scatter_(1, torch.from_numpy(order), True)
     assert torch.equal(chosen, expected)
     torch.testing.assert_close(probs.sum(1).float(), torch.ones(512), rtol=0, atol=0.02)
-    by_torch = torch.zeros_like(chosen).scatter_(1, logits.topk(8, dim=1).indices, True)
     assert not torch.equal(by_torch, expected), "torch.topk does the same now: delete the patch"
+    leaf = LOGITS.float().requires_grad_()
+    routed(patched, leaf)[0].square().sum().backward()
+    assert torch.equal(leaf.grad != 0, expected)
+
+
+def test_on_a_cpu_policy_and_engine_choose_the_same_of_equal_experts():
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import _softmax_topk
+
+    found = next(each for each in _softmax_topk(LOGITS, 8, True) if not each.is_floating_point())
+    _, chosen = routed(megatron_patches.load_patch("moe_topk_ties").original(), LOGITS)
+    assert torch.equal(torch.zeros_like(chosen).scatter_(1, found.long(), True), chosen)
 
 
 def test_torch_itself_stays_as_it_was():
@@ -154,4 +171,4 @@ def test_the_readme_is_the_table():
     folder = Path(megatron_patches.__file__).parent
     assert (folder / "README.md").read_text() == megatron_patches.readme()
     files = {path.stem for path in folder.glob("*_*.py")} - {"cpu_torch", "__init__"}
-    assert files == set(NAMES)
+    assert files == set(megatron_patches.ALL_PATCHES)

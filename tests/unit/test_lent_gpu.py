@@ -60,6 +60,7 @@ class Awake(look.Look):
         self.engine = SimpleNamespace(
             sleep=lambda: None, wake=lambda: None, load_weights=lambda weights, policy_version: dict(weights),
             runner=SimpleNamespace(compilation_config=settings),
+            engine=SimpleNamespace(reset_prefix_cache=lambda: None),
         )  # fmt: skip
 
     def run(self, strategy, batch, **how):

@@ -1,6 +1,7 @@
 """The soak's figures: slopes of known series, faults that pretrain_rl.py understands, a report with all of it."""
 
 import json
+import math
 import random
 
 import numpy as np
@@ -29,6 +30,13 @@ def test_one_slope_is_found_under_the_levels_of_all_starts(true_slope):
     assert num_points == 54 + 34
     assert abs(value - true_slope) < 4 * error
     assert 0 < error < 0.2
+
+
+def test_starts_that_are_all_warm_up_have_no_slope():
+    value, error, num_points = slope({iteration: 1.0 for iteration in range(1, 101)}, STARTS, warm_up=60)
+    assert math.isnan(value)
+    assert math.isnan(error)
+    assert num_points == 0
 
 
 def test_the_error_covers_noise_whose_neighbours_are_alike():

@@ -161,11 +161,11 @@ def test_the_watchdog_notices_within_its_window():
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_lossy_settings_are_refused_with_a_reason(name):
     with pytest.raises(ValueError, match=f"--rollout-engine-args must not set {name}"):
-        refuse_lossy({"max_logprobs": 3, name: 1}, "--rollout-engine-args")
+        refuse_lossy({"max_logprobs": 3, name: "other"}, "--rollout-engine-args")
 
 
 def test_harmless_settings_pass():
-    refuse_lossy({"max_logprobs": 3, "block_size": 16}, "x")
+    refuse_lossy({"max_logprobs": 3, "kv_cache_dtype": "auto", "load_format": "fastsafetensors"}, "x")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 BY_REASON = {
     "the engine would compute with other weights than the policy's, or round them otherwise": (
         "quantization", "quantization_config", "allow_deprecated_quantization", "load_format", "model_weights",
-        "model_loader_extra_config", "ignore_patterns", "revision", "weight_transfer_config", "enable_lora",
-        "max_loras", "max_lora_rank", "default_mm_loras", "fully_sharded_loras", "max_cpu_loras", "lora_dtype",
-        "lora_target_modules",
+        "ignore_patterns", "revision", "weight_transfer_config", "enable_lora", "max_loras", "max_lora_rank",
+        "default_mm_loras", "fully_sharded_loras", "max_cpu_loras", "lora_dtype", "lora_target_modules",
     ),
     "keys and values would be rounded as the policy's are not": ("kv_cache_dtype", "kv_cache_dtype_skip_layers"),
     "the model would be another one than the policy; it is what --hf-model says": (
@@ -59,8 +58,17 @@ REFUSED = {name: reason for reason, names in BY_REASON.items() for name in names
 """Setting of vLLM -> why it is refused."""
 
 
+HARMLESS = {
+    "kv_cache_dtype": ("auto",),
+    "load_format": ("auto", "safetensors", "fastsafetensors"),  # the same weights, read otherwise
+    "generation_config": ("auto", "vllm"),  # each request has its own settings
+    "pipeline_parallel_size": (1,), "data_parallel_size": (1,),
+}  # fmt: skip
+"""Values under which a setting changes nothing."""
+
+
 def refuse_lossy(settings: Mapping[str, object], flag: str) -> None:
     """Raises ValueError naming the flag, the setting and the reason."""
     for name in settings:
-        if name in REFUSED:
+        if name in REFUSED and settings[name] not in HARMLESS.get(name, ()):
             raise ValueError(f"{flag} must not set {name} (got {settings[name]!r}): {REFUSED[name]}")

@@ -98,7 +98,8 @@ class VLLMRolloutEngine:
         graphs = given.pop("compilation_config", {})
         if self.on_gpu:
             graphs = graph_settings(config, spec, graphs)
-            if experts_of(read_hf_config(hf_model)) is not None and "kernel_config" not in given:
+            has_experts = experts_of(read_hf_config(hf_model)) is not None
+            if has_experts and "moe_backend" not in given.get("kernel_config", {}):
                 # Other kernels permute the experts' weights: no read-back would find what was sent (experts.py).
                 given = {"moe_backend": "triton"} | given
         if self.tp_size > 1 and not self.on_gpu:
