@@ -160,6 +160,7 @@ def test_what_happens_to_the_drafter_does_not_happen_to_the_policy(tmp_path):
         "spec_drafter": write_head(tmp_path / "head", model), "spec_strategy": "eagle:3", "spec_hidden_states_mib": 16,
         "drafter_starts_per_step": 32, "rollout_max_response_tokens": 60,
         "rl_prompts_per_iteration": 3, "rollout_max_num_seqs": 4,  # one rank has two groups, one after the other
+        "spot_held_out_every": 64,  # a rank whose only group judges would have nothing to train on
     }  # fmt: skip
     save = tmp_path / "run"
     for fault in (
