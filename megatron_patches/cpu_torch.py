@@ -1,8 +1,4 @@
-"""`torch` as seen by one Megatron function on a machine without CUDA: `device="cuda"` means the CPU.
-
-A function is copied with its global name `torch` bound to this stand-in, so that torch itself, and whatever else runs
-in the process (the rollout engine does), stay untouched.
-"""
+"""`torch` as seen by one Megatron function on a machine without CUDA: `device="cuda"` means the CPU."""
 
 import functools
 import re
@@ -11,6 +7,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+
+from megatron_patches.patch import TorchStandIn, rebound
 
 FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "zeros_like", "empty_like")
 
@@ -23,13 +21,6 @@ def _to_cpu(factory: Callable) -> Callable:
         return factory(*args, **kwargs)
 
     return wrapped
-
-
-class _CpuTorch(types.ModuleType):
-    """Everything is torch's own but the factories, and of `torch.cuda` what is set below."""
-
-    def __getattr__(self, name: str):
-        return getattr(torch, name)
 
 
 class _CpuCuda(types.ModuleType):
@@ -49,7 +40,7 @@ class _CpuStream:
 
 
 _CPU_STREAM = _CpuStream()
-CPU_TORCH = _CpuTorch("torch")
+CPU_TORCH = TorchStandIn()
 CPU_TORCH.cuda = _CpuCuda("torch.cuda")
 CPU_TORCH.cuda.current_device = lambda: torch.device("cpu")
 CPU_TORCH.cuda.synchronize = lambda device=None: None
@@ -78,27 +69,19 @@ def on_cpu(original: Callable) -> Callable:
     inner = original
     while hasattr(inner, "__wrapped__"):
         inner = inner.__wrapped__
-    copy = types.FunctionType(
-        _name_cpu_types(inner.__code__),
-        {**inner.__globals__, "torch": CPU_TORCH},
-        inner.__name__,
-        inner.__defaults__,
-        inner.__closure__,
-    )
-    copy.__kwdefaults__ = inner.__kwdefaults__
-    return functools.update_wrapper(copy, inner)
+    return functools.update_wrapper(rebound(inner, CPU_TORCH, _name_cpu_types(inner.__code__)), inner)
 
 
 def with_cuda_as_identity(original: Callable) -> Callable:
     """The same call, during which `tensor.cuda()` returns the tensor itself and `device="cuda"` means the CPU."""
-    rebound = on_cpu(original)
+    copied = on_cpu(original)
 
     @functools.wraps(original)
     def wrapped(*args, **kwargs):
         upstream = torch.Tensor.cuda
         torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
         try:
-            return rebound(*args, **kwargs)
+            return copied(*args, **kwargs)
         finally:
             torch.Tensor.cuda = upstream
 

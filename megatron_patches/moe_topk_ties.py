@@ -8,18 +8,10 @@ Remove when upstream breaks ties by number, or when responses bring their expert
 """
 
 import functools
-import types
 
 import torch
 
-from megatron_patches.patch import Patch
-
-
-class _StableTorch(types.ModuleType):
-    """torch but for `topk`."""
-
-    def __getattr__(self, name: str):
-        return getattr(torch, name)
+from megatron_patches.patch import Patch, TorchStandIn, rebound
 
 
 def stable_topk(scores: torch.Tensor, k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,17 +21,12 @@ def stable_topk(scores: torch.Tensor, k: int, dim: int) -> tuple[torch.Tensor, t
     return scores.gather(dim, indices), indices
 
 
-STABLE_TORCH = _StableTorch("torch")
+STABLE_TORCH = TorchStandIn()
 STABLE_TORCH.topk = stable_topk
 
 
 def make(original):
-    copy = types.FunctionType(
-        original.__code__, {**original.__globals__, "torch": STABLE_TORCH}, original.__name__, original.__defaults__,
-        original.__closure__,
-    )  # fmt: skip
-    copy.__kwdefaults__ = original.__kwdefaults__
-    return functools.update_wrapper(copy, original)
+    return functools.update_wrapper(rebound(original, STABLE_TORCH), original)
 
 
 PATCH = Patch(

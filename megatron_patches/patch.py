@@ -3,10 +3,12 @@
 import hashlib
 import importlib
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 
+import torch
 from packaging.specifiers import SpecifierSet
 
 
@@ -64,6 +66,27 @@ class Patch:
         getattr(replacement, "__func__", replacement).__patch__ = self.name  # a class method passes on its function's
         setattr(owner, attribute, replacement)
         return True
+
+
+class TorchStandIn(types.ModuleType):
+    """Everything is torch's own but what is set on it."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+def rebound(function: Callable, stand_in: TorchStandIn, code: types.CodeType | None = None) -> Callable:
+    """A copy of a function with its global name `torch` bound to a stand-in, so that torch itself, and whatever else
+    runs in the process (the rollout engine does), stay untouched; `code` in the place of its own."""
+    copy = types.FunctionType(
+        code or function.__code__, {**function.__globals__, "torch": stand_in}, function.__name__,
+        function.__defaults__, function.__closure__,
+    )  # fmt: skip
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def fingerprint(function: Callable) -> str:

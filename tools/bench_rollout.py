@@ -117,8 +117,8 @@ def engine_of(args: argparse.Namespace, kind: str):
     import torch
     from transformers import AutoTokenizer
 
-    from tlt.build import stop_token_ids
     from tlt.config import RolloutConfig, SpecConfig, read_hf_config
+    from tlt.data.tokenizer import stop_token_ids
     from tlt.rollout.vllm.speculation import read_spec_plan
 
     hf_config = read_hf_config(args.model)

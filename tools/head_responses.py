@@ -47,8 +47,8 @@ class HeadAndPrompts:
 
     def responses(self, *, group_size: int) -> list:
         """SampledText of `group_size` responses to each prompt, by an engine that drafts nothing."""
-        from tlt.build import stop_token_ids
         from tlt.config import RolloutConfig
+        from tlt.data.tokenizer import stop_token_ids
         from tlt.drafter.evaluation import SampledText
         from tlt.spec.randomness import request_seed
         from tlt.types import SamplingConfig, prompt_id_of

@@ -93,8 +93,8 @@ def build(args: argparse.Namespace):
     import torch
     from transformers import AutoTokenizer
 
-    from tlt.build import stop_token_ids
     from tlt.config import RolloutConfig, SpecConfig, read_hf_config, require
+    from tlt.data.tokenizer import stop_token_ids
     from tlt.rollout.vllm.speculation import read_spec_plan
     from tlt.types import SamplingConfig
 

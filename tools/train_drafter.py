@@ -123,8 +123,8 @@ def read_setup(args: argparse.Namespace) -> Setup:
     import torch
     from transformers import AutoTokenizer
 
-    from tlt.build import stop_token_ids
     from tlt.config import DrafterConfig, RolloutConfig, SpecConfig, read_hf_config, require
+    from tlt.data.tokenizer import stop_token_ids
     from tlt.drafter.aux_layers import parse_aux_layers
     from tlt.drafter.model import load_head
     from tlt.rollout.vllm.speculation import read_spec_plan

@@ -21,9 +21,10 @@ class SftInputs:
     def __init__(self, config, *, world_size: int):
         from transformers import AutoTokenizer
 
-        from tlt.build import find_checkpoint, stop_token_ids
+        from tlt.build import find_checkpoint
         from tlt.config import check_policy_layout, read_hf_config, require
         from tlt.data.prompts import PromptBuilder
+        from tlt.data.tokenizer import stop_token_ids
         from tlt.faults import parse_faults
         from tlt.run_state import RunState, read_state
         from tlt.sft.examples import ExampleStream, read_examples

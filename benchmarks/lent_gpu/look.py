@@ -60,8 +60,8 @@ class Look:
         import torch
         from transformers import AutoTokenizer
 
-        from tlt.build import stop_token_ids
         from tlt.config import RolloutConfig, SpecConfig, read_hf_config
+        from tlt.data.tokenizer import stop_token_ids
         from tlt.rollout.vllm.speculation import read_spec_plan
         from tools.lone_engine import make_engine, start_ranks
 
